@@ -30,7 +30,7 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
 from llmq_jax.layers.experts_apart import by_expert
-from llmq_jax.layers.linear import by_output
+from llmq_jax.layers.linear import by_output, rounded
 from llmq_jax.layers.lora import (
     LORA,
     LORA_FIXED,
@@ -43,7 +43,7 @@ from llmq_jax.layers.lora import (
     without_adapters,
 )
 from llmq_jax.models import abstract_variables, build, override
-from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
+from llmq_jax.models.decoder import Decoder, default_positions, of_a_script, slice_modules
 from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
 
@@ -81,9 +81,13 @@ class LanguageModel:
         # On a mesh, joined kernels would be divided at other rows than apart.
         joined = not axis_sizes() and (backend == "cpu" or (backend == "gpu" and batch == 1))
         apart = not axis_sizes() and self._experts_apart(batch)
+        unknown = of_a_script(self.model, *self.model.unbound_blocks().values())
+        dtype = None if unknown else self.model.dtype
         if (joined, apart) not in self._sliced:
 
             def arrange(variables: dict[str, Any]) -> dict[str, Any]:
+                if dtype is not None:
+                    variables = rounded(variables, dtype, self.config.tie_word_embeddings)
                 variables = by_output(variables) if joined else variables
                 return by_expert(variables) if apart else variables
 

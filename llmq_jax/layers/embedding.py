@@ -6,7 +6,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import looked_up
-from llmq_jax.layers.linear import times_transposed
+from llmq_jax.layers.linear import TIED_HEAD, times_transposed
 
 
 class Embedding(nn.Module):
@@ -38,4 +38,5 @@ class Embedding(nn.Module):
         """x Eᵀ: the head of models in which it is tied to the table."""
         dtype = self.dtype or self.embedding.dtype
         rows = x.astype(dtype).reshape(-1, self.features)
-        return times_transposed(rows, self.embedding.astype(dtype)).reshape(*x.shape[:-1], self.vocab_size)
+        table = self.get_variable("params", TIED_HEAD, self.embedding)
+        return times_transposed(rows, table.astype(dtype)).reshape(*x.shape[:-1], self.vocab_size)

@@ -13,12 +13,18 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.axes import axis_sizes
-from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
+from llmq_jax.layers.lora import EXPERT_KERNELS, LORA, LORA_FIXED, adapted
 from llmq_jax.layers.repetition import repeated
 
 KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
+TIED_HEAD = "head"
+"""Beside a table of embeddings, once `rounded` has been there: the same as the head that it serves as."""
+IN_FLOAT32 = ("router", "noise")
+"""Layers, of experts, that compute in float32 whatever the others do."""
 # Up to so many rows a product counts as one of few rows: see `times_transposed`.
 FEW_ROWS = 64
+# What a GPU loads at once; rows are filled up to a multiple of it.
+ROW_BYTES = 128
 # Layers that share one input, by their names in attention and in feed-forward networks.
 SIDE_BY_SIDE = (
     ("query", "key", "value"),
@@ -90,7 +96,7 @@ class Linear(nn.Module):
         dtype = self.dtype or kernel.dtype
         # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
         # gradient (1.2 times the time of a whole training step).
-        return jax.lax.dot_general(x.astype(dtype).reshape(-1, width), kernel.astype(dtype), (((1,), (0,)), ((), ())))
+        return _rows_first(x.astype(dtype).reshape(-1, width), kernel.astype(dtype), 0)
 
     @nn.nowrap
     def adapt(self, x: Float[Array, "*batch D"], y: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
@@ -113,8 +119,17 @@ def times_transposed(rows: Float[Array, "M D"], matrix: Float[Array, "out D"]) -
     return _matrix_first(rows, matrix) if few else _rows_first(rows, matrix)
 
 
-def _rows_first(rows: Array, matrix: Array) -> Array:
-    return jax.lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())))
+def _rows_first(rows: Array, matrix: Array, depth: int = 1) -> Array:
+    """The product over the matrix's axis `depth`. Where its results (a vocabulary of 50,257, say) do not fill a
+    multiple of 16 bytes, a GPU could not load several at once, here and in the gradients. So there the matrix is filled
+    up with zeros; but not for a few rows, for which the matrix is read only once."""
+    width, size = matrix.shape[1 - depth], matrix.dtype.itemsize
+    uneven = matrix.ndim == 2 and width * size % 16 != 0 and len(rows) > FEW_ROWS
+    missing = -width % (ROW_BYTES // size) if uneven and jax.default_backend() == "gpu" else 0
+    if missing:
+        matrix = jnp.pad(matrix, [(0, 0 if axis == depth else missing) for axis in (0, 1)])
+    product: Array = jax.lax.dot_general(rows, matrix, (((1,), (depth,)), ((), ())))
+    return product[:, :width] if missing else product
 
 
 @jax.custom_jvp
@@ -146,6 +161,28 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
 
 
 # The layout of decoding.
+
+
+def rounded(variables: dict[str, Any], dtype: Dtype, tied: bool) -> dict[str, Any]:
+    """The same variables with every matrix of a product in `dtype`, in which its layer computes, if that is the
+    narrower type. A loop over tokens would otherwise convert float32 matrices for each of them, which takes several
+    times as long as to read them in bfloat16. Norms and what is looked up stay as they are; if the head is `tied` to
+    the table, it comes to lie beside it."""
+    tree = {
+        name: rounded(leaf, dtype, tied) if isinstance(leaf, dict) and name not in IN_FLOAT32 else leaf
+        for name, leaf in variables.items()
+    }
+    table = tree.get("token_embedding", {})
+    if tied and "embedding" in table:
+        tree["token_embedding"] = table | {TIED_HEAD: _narrowed(table["embedding"], dtype)}
+    for name in {KERNEL, *EXPERT_KERNELS} & tree.keys():
+        if not isinstance(tree[name], dict):  # a dict is the kernel's adapter
+            tree[name] = _narrowed(tree[name], dtype)
+    return tree
+
+
+def _narrowed(matrix: Any, dtype: Dtype) -> Any:
+    return matrix.astype(dtype) if jnp.dtype(dtype).itemsize < matrix.dtype.itemsize else matrix
 
 
 def by_output(variables: dict[str, Any]) -> dict[str, Any]:

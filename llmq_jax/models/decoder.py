@@ -368,8 +368,7 @@ class Decoder(nn.Module):
             parts.append(f"{choices[None].name} elsewhere" if parts else choices[None].name)
         obstacle = next((choice.obstacle for choice in choices.values() if choice.obstacle), None)
         why = f"; the fused kernel cannot run: {obstacle}" if obstacle else ""
-        packages = {type(block).__module__.partition(".")[0] for block in self.unbound_blocks().values()}
-        scripts = packages != {"llmq_jax"}  # whose blocks may call `attention` with a `formula`
+        scripts = of_a_script(*self.unbound_blocks().values())  # whose blocks may call `attention` with a `formula`
         own = "; plain where a layer has a formula of its own" if scripts and self.attention == "auto" else ""
         return f"attention: {', '.join(parts)}{why}{own}"
 
@@ -476,6 +475,11 @@ def slice_modules(
 def _slice_of(stack: dict[str, Any], index: Int[Array, ""]) -> dict[str, Any]:
     sliced: dict[str, Any] = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
     return sliced
+
+
+def of_a_script(*modules: nn.Module) -> bool:
+    """Whether one of these is written elsewhere, and so may compute in other ways."""
+    return any(type(module).__module__.partition(".")[0] != "llmq_jax" for module in modules)
 
 
 def upper_part(group: str) -> str:

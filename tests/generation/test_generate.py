@@ -1,6 +1,8 @@
 import dataclasses
 import inspect
 import json
+import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -165,6 +167,31 @@ def test_prompts_are_read_over_slices_as_over_stacked_layers(name):
         np.testing.assert_allclose(output.hidden[row, :length], whole.hidden[row, :length], atol=1e-5)
     for found, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_weights_in_float32_are_rounded_once_and_not_for_every_token(name):
+    """A policy under training, in bfloat16: the loop over tokens converts no matrix, and generates what it would with
+    the weights as they are."""
+    config = READ[name]
+    model, variables = lq.build(config, dtype="bfloat16"), draw_variables(config)
+    lm = lq.LanguageModel(config, model, variables, None, lq.GenerationConfig())
+    options = {"sampler": lq.Sampler(temperature=0.0), "end_tokens": ()}
+    request = Request.create(lm, [[1, 2]], 3, options["sampler"], (), 0)
+    leaves, tree = jax.tree.flatten((*lm.sliced(1), request.start()))
+
+    def drawn(*leaves):
+        return advance(model, *tree.unflatten(leaves), 3, **options)
+
+    program = jax.jit(drawn).trace(*leaves).lower(lowering_platforms=("cuda",)).as_text()
+    rounded = re.findall(r"stablehlo.convert .*\(tensor<([\dx]+)xf32>\) -> tensor<.*bf16>", program)
+    assert max(math.prod(map(int, shape.split("x"))) for shape in rounded) < config.hidden_size**2, rounded
+    found, expected = (
+        request.finish(advance(model, *of, request.start(), 3, **options))
+        for of in (lm.sliced(1), model.slice_layers(variables))
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-3)
 
 
 def test_which_weights_read_prompts(lm, monkeypatch):

@@ -306,6 +306,7 @@ CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 AMPERE = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
 OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capability="gfx942")
 
 
@@ -324,6 +325,9 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
         ("fused", HOPPER, 64, {}),
         ("fused", HOPPER, 64, {"head_dim": 256}),
         ("blocked", AMPERE, 64, {"head_dim": 256}),
+        ("fused", BLACKWELL, 64, {"head_dim": 128}),
+        ("blocked", BLACKWELL, 64, {"head_dim": 256}),
+        ("masked", BLACKWELL, None, {"head_dim": 192, "value_dim": 128}),
         ("blocked", HOPPER, 64, {"dropout": True}),
         ("blocked", HOPPER, 64, {"softcap": 50.0}),
         ("blocked", HOPPER, 64, {"dtype": jnp.float32}),

@@ -1,5 +1,7 @@
 """The linear layer in the layout of decoding, in attention that someone has changed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import linen as nn
 
 import llmq_jax as lq
 from llmq_jax.layers.attention import attention
+from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import (
     JOINED_KERNELS,
     KERNEL_BY_OUTPUT,
@@ -137,3 +140,28 @@ def test_of_a_product_with_few_rows_the_matrix_is_the_first_operand(rows, first)
     program = jax.jit(times_transposed).lower(x, matrix).compile()
     np.testing.assert_allclose(program(x, matrix), x @ matrix.T, atol=1e-5)
     assert (f"f32[96,{rows}]" in program.as_text()) == (first == "matrix")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_on_a_gpu_rows_of_odd_length_are_filled_up(tied, dtype, monkeypatch):
+    """A vocabulary of 37: logits of many rows, their gradient and that of the head are products of arrays whose rows
+    start at multiples of 16 bytes. Few rows, as in decoding, read the head as it is."""
+    module = Embedding(37, 16, dtype=dtype) if tied else Linear(37, dtype=dtype, use_bias=False)
+    names = {"method": "logits"} if tied else {}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(96, 16)), dtype)
+    variables = module.init(jax.random.key(0), x, **names)
+
+    def squares(variables, x):
+        return (module.apply(variables, x, **names) ** 2).sum(dtype=jnp.float32)
+
+    def of(rows):
+        return jax.value_and_grad(squares, (0, 1))(variables, x[:rows])
+
+    expected = of(96)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for rows, width in ((96, 64), (8, 37)):
+        lines = jax.jit(of, static_argnums=0).lower(rows).as_text().splitlines()
+        products = "".join(line.partition(" : ")[2] for line in lines if "dot_general" in line)
+        assert {int(size) for size in re.findall(r"\d+(?=x)", products)} == {rows, 16, width}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), of(96), expected)
