@@ -22,7 +22,7 @@ from llmq_jax.data.records import is_blank
 from llmq_jax.data.tokenizer_files import WRITE_JSON
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import require_model, whole
+from llmq_jax.field_types import is_consumed, require_model, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler
@@ -383,8 +383,10 @@ class LanguageModel:
         params = jax.tree.leaves(self.params)
         count, dtype = sum(leaf.size for leaf in params), weight_type(params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
-        adapters = f", adapters of {trained_numbers(self.variables):,}" if LORA in self.variables else ""
-        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}{adapters}, {tokenizer})"
+        adapters, gone = "", ", weights gone in training" if is_consumed(self.variables) else ""
+        if LORA in self.variables and not gone:
+            adapters = f", adapters of {trained_numbers(self.variables):,}"
+        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}{adapters}, {tokenizer}{gone})"
 
 
 def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:
