@@ -145,7 +145,7 @@ def test_run_folder_of_the_caller_is_used_and_stays_locked(whole, tmp_path):
 
 
 def test_another_run_is_refused_and_neutral_options_may_change(whole):
-    with pytest.raises(BadInput, match=r"options.log_every 2 -> 5;"):
+    with pytest.raises(BadInput, match=r"options: log_every 2 -> 5;"):
         quiet(whole, options=replace(OPTIONS, log_every=5))
     with pytest.raises(BadInput, match=r"model.width 8 -> 9;"):
         quiet(whole, model_config={"width": 9})
