@@ -54,7 +54,8 @@ class LanguageModel:
     """Linen's variables: a dict of collections, "params" among them."""
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """The tokens that end, begin and pad a text."""
+    """The tokens that end, begin and pad a text. By default there are none, whatever the tokenizer: a model that is put
+    together by hand ends its texts where GenerationConfig(eos_token_id=tokenizer.end_of_text) says so, or `stop`."""
 
     @property
     def params(self) -> dict[str, Any]:
