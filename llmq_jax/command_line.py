@@ -83,10 +83,10 @@ def run(
                 _discard_output()
             raise
     except BadInput as error:
-        words = str(error).split()
-        if words and words[0] in of_file:
-            words.insert(0, f"{values_by_field(arguments)[FILE]}:")
-        print("error:", *words, file=sys.stderr)
+        said = " ".join(str(error).split())
+        if said.partition(" ")[0] in of_file:
+            said = f"{values_by_field(arguments)[FILE]}: {_spelled_as_in_file(said, of_file)}"
+        print("error:", said, file=sys.stderr)
         code = BAD_INPUT
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone
@@ -104,6 +104,15 @@ def run(
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _spelled_as_in_file(said: str, of_file: Mapping[str, Any]) -> str:
+    """A message with the keys of the file in place of the options that it gives."""
+
+    def spelled(option: re.Match[str]) -> str:
+        return option[1].replace("-", "_") if option[0] in of_file else option[0]
+
+    return re.sub(r"--([a-z][\w-]*)", spelled, said)
 
 
 def _open_streams() -> None:

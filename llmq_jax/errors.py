@@ -1,10 +1,12 @@
 """The one error type for bad input, the hint at what was meant, and warnings."""
 
 import difflib
+import os
 import sys
 import unicodedata
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 BAD_INPUT = 2
 """The exit code of a command whose input was bad."""
@@ -49,6 +51,14 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     known = list(known)
     begun = sorted((each for each in known if len(name) > 2 and each.startswith(name)), key=len)
     return list(dict.fromkeys([*begun, *difflib.get_close_matches(name, known, n=count, cutoff=0.6)]))[:count]
+
+
+def no_such_path(name: str | Path) -> str:
+    """What to say of a path that does not exist, with the nearest name in its folder."""
+    path = Path(name).expanduser()
+    names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    near = [str(path.parent / other) for other in close_names(path.name, names, count=1)]
+    return f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def warn(message: str) -> None:

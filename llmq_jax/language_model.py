@@ -22,7 +22,7 @@ from llmq_jax.data.records import is_blank
 from llmq_jax.data.tokenizer_files import WRITE_JSON
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import require_model, whole
+from llmq_jax.field_types import is_consumed, require_model, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler
@@ -64,7 +64,8 @@ class LanguageModel:
     """Linen's variables: a dict of collections, "params" among them."""
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """The tokens that end, begin and pad a text."""
+    """The tokens that end, begin and pad a text. By default there are none, whatever the tokenizer: a model that is put
+    together by hand ends its texts where GenerationConfig(eos_token_id=tokenizer.end_of_text) says so, or `stop`."""
 
     @property
     def params(self) -> dict[str, Any]:
@@ -397,8 +398,10 @@ class LanguageModel:
         params = jax.tree.leaves(self.params)
         count, dtype = sum(leaf.size for leaf in params), weight_type(params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
-        adapters = f", adapters of {trained_numbers(self.variables):,}" if LORA in self.variables else ""
-        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}{adapters}, {tokenizer})"
+        adapters, gone = "", ", weights gone in training" if is_consumed(self.variables) else ""
+        if LORA in self.variables and not gone:
+            adapters = f", adapters of {trained_numbers(self.variables):,}"
+        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}{adapters}, {tokenizer}{gone})"
 
 
 def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:

@@ -23,6 +23,7 @@ from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.objectives import NextToken
 from llmq_jax.training import RunOptions, create_state, make_eval_step, make_train_step, run
 from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.weight_digest import weight_digest
 from tests.weights import draw_variables
 
 CONFIG = GPT2Config(
@@ -60,6 +61,8 @@ USES = {
     "to_state_dict": lambda lm, folder: lq.interop.to_state_dict(lm.variables, lm.config),
     "create_state": lambda lm, folder: create_state(lm.variables, optax.sgd(0.1)),
     "apply": lambda lm, folder: lm.model.apply(lm.variables, jnp.ones((1, 2), int)),
+    "sliced": lambda lm, folder: lm.sliced(1),
+    "weight_digest": lambda lm, folder: weight_digest(lm.variables),
     "evaluate": lambda lm, folder: make_eval_step(NextToken(lm.model))(lm.variables, BATCH),
 }
 IDS = jnp.array([[1, 2, 3]])
@@ -87,6 +90,13 @@ def test_a_model_whose_weights_a_step_has_consumed_says_so(trained, use, tmp_pat
         USES[use](consumed, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     USES[use](consumed.replace(variables=jax.tree.map(jnp.copy, state.variables)), tmp_path / "new")
+
+
+def test_a_model_with_adapters_whose_weights_are_gone_can_be_shown(lm):
+    plain, adapted = repr(lm), lq.lora(load_copy(lm), rank=2)
+    assert "adapters of" in repr(adapted)
+    jax.tree.map(lambda leaf: leaf.delete(), adapted.variables)
+    assert repr(adapted) == f"{plain[:-1]}, weights gone in training)"
 
 
 def test_a_state_that_a_step_has_consumed_says_so(lm):

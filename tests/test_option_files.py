@@ -131,12 +131,12 @@ def test_json_is_read(tmp_path, capsys):
         ("train_batch_size: 3", "line 1: there is no option 'train_batch_size'; here it is batch_size"),
         ("flour: 3", "line 1: there is no option 'flour'; --help tells which there are"),
         ("options: other.yaml", "line 1: there is no option 'options'"),
-        ("batch_size: many", "--batch-size takes an integer, not 'many'"),
-        ("where: pot", "--where cannot be 'pot': choose from oven, pan"),
-        ("batch_size: true", "--batch-size takes an integer, not 'true'"),
+        ("batch_size: many", "cake.yaml: batch_size takes an integer, not 'many'"),
+        ("where: pot", "cake.yaml: where cannot be 'pot': choose from oven, pan"),
+        ("batch_size: true", "cake.yaml: batch_size takes an integer, not 'true'"),
         ("batch_size: [1, 2]", "line 1: batch_size takes one value, not a list"),
-        ("betas: 3", "--betas needs 2 values"),
-        ("betas: []", "--betas needs 2 values"),
+        ("betas: 3", "cake.yaml: betas needs 2 values"),
+        ("betas: []", "cake.yaml: betas needs 2 values"),
         ("betas: [1, [2]]", "line 1: a mapping or a list stands where a value is meant"),
         ("spices: {salt: 1}", "line 1: a mapping or a list stands where a value is meant"),
         ("spices: ['--quiet']", "line 1: '--quiet' in spices would be an option of its own"),
@@ -165,6 +165,18 @@ def test_a_fault_of_the_command_line_is_its_own(tmp_path, capsys):
     assert error.startswith("error: --batch-size takes an integer, not 'many'")
 
 
+def test_what_the_file_gives_is_spelled_as_there(tmp_path, capsys):
+    file, data = tmp_path / "dpo.yaml", ("--data", "pairs.jsonl", "--init-from", "model", "--out", "run")
+    for text, arguments, message in (
+        ("label_smoothing: 0.1\nloss: ipo", (), "label_smoothing has no effect with loss ipo"),
+        ("label_smoothing: 0.1", ("--loss", "ipo"), "label_smoothing has no effect with --loss ipo"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            command_line.run(dpo.main, ["--options", str(file), *data, *arguments], program="dpo")
+        assert capsys.readouterr().err.startswith(f"error: {file}: {message}")
+
+
 def test_a_file_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         command_line.run(bake_into([]), ["--options", str(tmp_path / "none.yaml")], program="bake")
@@ -181,7 +193,7 @@ def test_a_run_does_not_depend_on_the_name_of_its_file():
 def test_an_option_without_use_says_why_in_a_file_too(tmp_path, capsys):
     file = tmp_path / "dpo.yaml"
     for value, message in (
-        ("0.1", "--lora-dropout has no effect in DPO"),
+        ("0.1", "dpo.yaml: lora_dropout has no effect in DPO"),
         ("null", "missing --data STR, --init-from STR and --out STR: see"),
     ):
         file.write_text(f"lora_dropout: {value}\n")

@@ -177,7 +177,7 @@ def read(options: Options) -> list[Any]:
     for number, text in enumerate(options.text, start=1):
         where = f"--text number {number}"
         if text == "-":
-            where, text = STANDARD_INPUT, without_last_break(text_of_input("--data FILE.jsonl"))
+            where, text = STANDARD_INPUT, without_last_break(text_of_input("--data FILE{}"))
         records.append(Record(where, {name: text}))
     for file in [] if options.data is None else text_files(options.data):
         if holds_records(file):

@@ -65,7 +65,7 @@ def main(options: Options) -> None:
         for option, values in differing.items():
             lines = [value.replace("\n", "\\n") for value in values]  # one row each
             cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in lines]
-            apart.add_row(option, *map(Text, cut))
+            apart.add_row(option.removeprefix("options."), *map(Text, cut))
         print()
         print_table(apart)
     if options.out is not None:

@@ -89,7 +89,7 @@ def evaluate_text(options: Options) -> None:
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
     if options.file == "-":
         refuse_idle(options, [("split", True, "on standard input, which is one text")])
-        documents = [text_of_input("the name of a .jsonl file")]
+        documents = [text_of_input("the name of a {} file")]
     else:
         documents = read_documents(one_text(options.file, options.split), options.text_field or "text")
     with options.on_devices(options.batch_size):

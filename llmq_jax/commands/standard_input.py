@@ -21,29 +21,42 @@ def whole_input() -> str:
 
 
 def text_of_input(file: str) -> str:
-    """All of it as one text. BadInput: it is blank, or holds lines of JSON, which would be records in a file of that
-    name; `file` is how the command is given one."""
+    """All of it as one text. BadInput: it is blank, or holds JSON that would be records in a .jsonl or .json file;
+    `file` is how the command is given one, with {} for the end of its name."""
     from llmq_jax.data.records import is_blank
 
     text = whole_input()
     if is_blank(text):
         raise BadInput(f"{STANDARD_INPUT} holds no text")
-    if (record := first_record(text)) is not None:
+    line = first_record(text)
+    if (record := line or _record(text)) is not None:
+        ending, held = (".jsonl", "lines of JSON") if line else (".json", "JSON")
         names, option = ", ".join(record), "" if "text" in record else " and --text-field"
         raise BadInput(
-            f"{STANDARD_INPUT} is taken as one text, and holds lines of JSON (fields found: {names}); give {file}"
-            f"{option} instead, or a .txt file if the JSON is the text"
+            f"{STANDARD_INPUT} is taken as one text, and holds {held} (fields found: {names}); give "
+            f"{file.format(ending)}{option} instead, or a .txt file if the JSON is the text"
         )
     return text
 
 
 def first_record(text: str) -> dict[str, Any] | None:
     """The object with fields that a text's first line is, as in a .jsonl file; None where it is none."""
+    first = _parsed(text.lstrip().partition("\n")[0])
+    return first if isinstance(first, dict) and first else None
+
+
+def _record(text: str) -> dict[str, Any] | None:
+    """The object with fields that a text is, or that begins the list that it is, as in a .json file."""
+    whole = _parsed(text)
+    first = whole[0] if isinstance(whole, list) and whole else whole
+    return first if isinstance(first, dict) and first else None
+
+
+def _parsed(text: str) -> Any:
     try:
-        first = parse_json(text.lstrip().partition("\n")[0])
+        return parse_json(text)
     except ValueError:
         return None
-    return first if isinstance(first, dict) and first else None
 
 
 def without_last_break(text: str) -> str:

@@ -82,16 +82,26 @@ class ChatTemplate:
     def takes_parts(self) -> set[str]:
         """The roles for which it writes the texts, and nothing else, of a content that is a list of parts."""
         first, last, unread = (f"{word}-by-the-probe" for word in ("first", "last", "unread"))
-        parts: Any = [{"type": "text", "text": text, "unread": unread} for text in (first, last)]
+        parts = [{"type": "text", "text": text, "unread": unread} for text in (first, last)]
+        written = self._probed(parts)
+        return {role for role, text in written.items() if first in text and last in text and unread not in text}
+
+    @cached_property
+    def takes_only_parts(self) -> set[str]:
+        """Those of `takes_parts` for which it does not write a content that is a text, as templates that show images
+        may."""
+        word = "text-by-the-probe"
+        return self.takes_parts - {role for role, text in self._probed(word).items() if word in text}
+
+    def _probed(self, content: Any) -> dict[str, str]:
+        """{role: the text of a conversation in which it has this content}, of the roles that it does not refuse."""
         asked = [{"role": "user", "content": "a"}]
-        found = set()
+        written = {}
         for role, before, after in (("system", [], asked), ("user", [], []), ("assistant", asked, asked)):
             with contextlib.suppress(BadInput):
-                messages = [*before, {"role": role, "content": parts}, *after]
-                text = self._written(messages, add_generation_prompt=True)
-                if first in text and last in text and unread not in text:
-                    found.add(role)
-        return found
+                messages = [*before, {"role": role, "content": content}, *after]
+                written[role] = self._written(messages, add_generation_prompt=True)
+        return written
 
     def with_variables(self, values: Mapping[str, Any]) -> str:
         """The source of this template with these values as defaults of these variables.

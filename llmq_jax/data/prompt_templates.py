@@ -219,9 +219,8 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
                 answers.append(REWRITTEN)
                 continue
             if not _says(text[_common_start(before, text) : start], answer, messages[index]):
-                raise BadInput(
-                    f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
-                )
+                fault = _left_out(f"a part of what messages[{index}] says", messages[index], template)
+                raise BadInput(f"{where}: {fault}")
         answers.append((start, len(after)))
     return Rendered(where, text, tuple(answers), is_chat=True)
 
@@ -252,8 +251,14 @@ def refuse_left_out(
     text = "".join(text.split())
     for index, message in enumerate(messages):
         if message["role"] != "assistant" and not _stands_in(text, text_of(message)):
-            whose = f"messages[{index}], of the {message['role']}"
-            raise BadInput(f"the chat template leaves out {whose}: use another template")
+            raise _left_out(f"messages[{index}], of the {message['role']}", message, template)
+
+
+def _left_out(what: str, message: Message, template: ChatTemplate) -> BadInput:
+    advice = "use another template"
+    if isinstance(message.get("content"), str) and message["role"] in template.takes_only_parts:
+        advice = f'it reads texts only from parts: write content as [{{"type": "text", "text": ...}}], or {advice}'
+    return BadInput(f"the chat template leaves out {what}: {advice}")
 
 
 def _stands_in(text: str, content: str) -> bool:

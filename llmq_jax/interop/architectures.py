@@ -208,9 +208,10 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
     missing = [name for name in TABLES[_recognise(state, layout)].underivable if name not in (given or {})]
     if missing:
         fields, words = ", ".join(f"{name!r}: ..." for name in missing), " ".join(f"{name}=..." for name in missing)
+        file = "hparams.json" if layout == "openai" else "config.json"
         raise BadInput(
             f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
-            f"config.json beside them, or pass config={{{fields}}} in Python or, to convert.from_hf, --config {words}"
+            f"{file} beside them, or pass config={{{fields}}} in Python or, to convert.from_hf, --config {words}"
         )
     return config_from_state_dict(state, layout, **(given or {}))
 

@@ -20,7 +20,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
-from llmq_jax.errors import BadInput, close_names
+from llmq_jax.errors import BadInput, no_such_path
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
     config_from_hf,
@@ -210,8 +210,7 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any =
     name = str(name)
     parent = path.parent if "/" in name else None
     if parent is not None and parent.is_dir():
-        near = [str(parent / other) for other in close_names(path.name, sorted(os.listdir(parent)), count=1)]
-        raise BadInput(f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else ""))
+        raise BadInput(no_such_path(name))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith("."):
         raise BadInput(f"{name}: there is no such file or folder")
     return download(name, tokenizer=tokenizer, config=config)

@@ -383,8 +383,9 @@ class Decoder(nn.Module):
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), passed through
         `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices,
-        `measured`.
+        `measured`. BadInput for variables that a training step has consumed.
         """
+        refuse_consumed(variables)
         variables = spread(variables)
         if self.merges_exactly(variables):
             variables = merge(variables)  # in whole groups: a few large products instead of several per layer

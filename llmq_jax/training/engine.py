@@ -218,6 +218,7 @@ class _Loop:
         self.pace = Pace(self.options.steps, utilisation=utilisation)
         self.time = TimeSpent()
         self.profile = Profile()
+        self.unread: list[Step] = []
         self.checkpoints: Checkpoints | None = None
         if self.folder is not None:
             self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last)
@@ -228,7 +229,11 @@ class _Loop:
             self.begin(output)
             try:
                 with processes.stop_signals(saves=bool(self.options.checkpoint_every)) as stop:
-                    self.loop(stop)
+                    try:
+                        self.loop(stop)
+                    except Exception:
+                        self.read_before_leaving()
+                        raise
                 if said := self.profile.ended(self.step):
                     self.recorder.message(said)
                 self.recorder.sync()
@@ -296,14 +301,12 @@ class _Loop:
             self.make_batch()
         if self.newest is None and options.evaluate_first and options.branch_from is None:
             self.recorder.message(f"step {self.step}: {self.evaluation(self.first_means)}")
-        unread = None
         shapes = set()
         while self.step < self.options.steps:  # which an early stop lowers
             shape = tuple((name, np.shape(array)) for name, array in self.batch.items())
-            if unread and shape not in shapes:
+            if shape not in shapes:
                 # The step is compiled anew. The step before is read first, or compilation would count as its time.
-                self.read(unread)
-                unread = None
+                self.read_all()
             shapes.add(shape)
             self.profile.begin(self.step + 1, self.state)
             with self.pace.handing_over(), self.time.on("step", self.step + 1), self.profile.mark(self.step + 1):
@@ -311,6 +314,7 @@ class _Loop:
             self.step += 1
             stop.after(self.step)
             self.tokens += self.tokens_of(self.step - 1, metrics.pop("tokens", None))
+            self.unread.append(Step(self.step, self.tokens, metrics))
             if self.profile.ends_with(self.step):
                 jax.block_until_ready(self.state)
                 with self.pace.pause():
@@ -318,19 +322,15 @@ class _Loop:
             # While the device works: make the next batch, and read the figures of the step before.
             if self.step < options.steps:
                 self.make_batch(metrics["loss"])
-            if unread:
-                self.read(unread)
-            unread = Step(self.step, self.tokens, metrics)
+            self.read_all(but=1)
             intervals = (options.evaluate_every, options.sample_every, options.checkpoint_every)
             pauses = stop.received or any(options.due(every, self.step) for every in intervals)
             if pauses or not is_under_way(metrics["loss"]):
-                self.read(unread)
-                unread = None
+                self.read_all()
             if pauses:
                 with self.pace.pause():
                     self.pause(stop)
-        if unread:
-            self.read(unread)
+        self.read_all()
 
     def make_batch(self, under_way: Any = None) -> None:
         with self.time.on("input", self.step + 1, under_way):
@@ -344,6 +344,18 @@ class _Loop:
             return self.tokens_per_step
         of_batch = getattr(self.batches, "count_tokens", None)
         return count_tokens(self.batch) * self.shares if of_batch is None else int(of_batch(index))
+
+    def read_all(self, but: int = 0) -> None:
+        """Read the steps that were handed over, but for the newest ones."""
+        while len(self.unread) > but:
+            self.read(self.unread.pop(0))
+
+    def read_before_leaving(self) -> None:
+        """After an error: record the steps that were handed over before it."""
+        place = self.time.place  # the error's
+        with contextlib.suppress(Exception):  # the first error is the one to tell of
+            self.read_all()
+        self.time.place = place
 
     def read(self, done: Step) -> None:
         """Wait for a step, check its figures and show them, and log them where that is due."""

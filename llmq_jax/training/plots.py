@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.atomic_files import write_atomically
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, no_such_path
 from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
 from llmq_jax.training.run_folder import CONFIG, read_run_config, run_below
 
@@ -190,6 +190,8 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
 
 def read_records(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
+    if not folder.exists():
+        raise BadInput(no_such_path(folder))
     measured = (folder / METRICS).is_file()
     if not measured and read_run_config(folder / CONFIG) is None:
         raise BadInput(f"no {METRICS} in {folder}; give the folder of a run{run_below(folder)}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.counts import counted
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, no_such_path
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
@@ -65,6 +65,8 @@ def write_report_page(folder: str | Path) -> Path:
 
 def report_page(folder: Path) -> str:
     """The page, as text."""
+    if not folder.exists():
+        raise BadInput(no_such_path(folder))
     config = read_run_config(folder / CONFIG)
     if config is None and (folder / METRICS).is_file():
         raise BadInput(f"{folder / CONFIG} is missing or damaged; restore it from a copy")

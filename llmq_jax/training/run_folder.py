@@ -242,7 +242,8 @@ def run_below(folder: Path) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
     """ "name old -> new" for every field, in the order of the new config. A field that the old config lacks, from an
-    older version, equals one that is unused in the new one (None or False)."""
+    older version, equals one that is unused in the new one (None or False). Options of the engine are named as they
+    are given: `steps`, for `options.steps`."""
     old, new = _flat(old), _flat(new)
     names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]
     absent = "(not set)"
@@ -253,7 +254,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
 
     pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
     return [
-        f"{name} {change(before, after)}"
+        f"{name.removeprefix('options.')} {change(before, after)}"
         for name, before, after in pairs
         if before != after
         and json.dumps(before) != json.dumps(after)  # NaN is no other than itself

@@ -258,6 +258,9 @@ def test_lines_of_json_in_the_pipe_are_no_text(llmq, folder, piped):
             f"FILE.jsonl{option} instead, or a .txt file if the JSON is the text\n"
         )
         assert llmq("classify", folder, "--text", "-") == (2, "", fault)
+    piped('[{"text": "a"}]')
+    fault = "holds JSON (fields found: text); give --data FILE.json instead"
+    assert fault in llmq("classify", folder, "--text", "-")[2]
 
 
 def test_the_help_shows_commands_as_they_are_typed(llmq, monkeypatch):

@@ -123,7 +123,10 @@ def test_lines_of_json_in_the_pipe_are_no_text(llmq, model_folder, tmp_path, pip
     assert llmq("evaluate", model_folder, "-") == (2, "", fault)
     (tmp_path / "lines.txt").write_text(lines)
     assert llmq("evaluate", model_folder, tmp_path / "lines.txt")[0] == 0
-    for text in ("{}\n", "{\n", "[1]\n", "1\n"):
+    piped(json.dumps([{"text": "a cat"}, {"text": "a dog"}], indent=1))
+    told = "holds JSON (fields found: text); give the name of a .json file instead, or a .txt file if"
+    assert told in llmq("evaluate", model_folder, "-")[2]
+    for text in ("{}\n", "{\n", "[1]\n", "[{}]", "[a] cat", "1\n"):
         piped(text)
         assert llmq("evaluate", model_folder, "-")[0] == 0
 

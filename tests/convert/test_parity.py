@@ -244,6 +244,7 @@ def test_seeds_vary_what_models_of_an_architecture_differ_in():
 
 
 def test_the_head_of_an_untied_model_is_a_place():
+    torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=31, n_positions=24, n_embd=12, n_layer=1, n_head=2, tie_word_embeddings=False
     )

@@ -218,6 +218,22 @@ def test_what_is_asked_is_not_lost(tmp_path, role):
         learned(conversation, source)
 
 
+VISION = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_writes_only_parts_says_so(tmp_path):
+    for asked, lost in (("Well?", r"messages\[0\], of the user"), ("a", r"a part of what messages\[1\] says")):
+        (conversation,) = read(tmp_path, {"messages": [user(asked), assistant("b")]})
+        fault = rf"leaves out {lost}: it reads texts only from parts: write content as \[{{.*}}\], or use another"
+        with pytest.raises(BadInput, match=fault):
+            learned(conversation, VISION)
+    (conversation,) = read(tmp_path, {"messages": [user([text_part("a")]), assistant([text_part("b")])]})
+    assert learned(conversation, VISION) == ["<assistant>b"]
+
+
 def test_parts_are_one_text_for_roles_whose_lists_a_template_does_not_read(tmp_path):
     """Gemma 3's writes the first part of what the system says."""
     source = PARTED.replace("{% if m.content is string", "{% if m.role == 'system' %}{{ m.content[0].text if m.content "

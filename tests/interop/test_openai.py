@@ -108,7 +108,10 @@ def test_a_config_of_ones_own(folder):
     assert load(folder, config=CONFIG).config == CONFIG
     assert load(folder, config={"num_attention_heads": 3}).config == CONFIG
     message = refused(load, folder)
-    assert message.startswith(f"{folder}: has weights but no config, and their shapes do not tell num_attention_heads")
+    assert message.startswith(
+        f"{folder}: has weights but no config, and their shapes do not tell num_attention_heads; put the model's "
+        "hparams.json beside them, or pass config="
+    )
 
 
 def test_checkpoints_of_training_scripts(folder):

@@ -7,13 +7,14 @@ from dataclasses import replace
 import jax
 import pytest
 import tiny_run
-from compared_runs import assert_same_run, quiet
+from compared_runs import assert_same_run, broken_at, quiet
 from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.failures import DiskFull, NonFiniteLoss
 from llmq_jax.training.metrics import read_metrics
+from llmq_jax.training.run_options import RunOptions
 
 
 class Poisoned(Batches):
@@ -38,6 +39,22 @@ def test_loss_that_is_not_finite_stops_the_run(bad, last_good, tmp_path):
     assert Checkpoints(folder / "checkpoints").latest_step() == last_good
     assert not (folder / "finished.json").exists()
     assert all(record["step"] < bad for record in read_metrics(folder / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("under_way", [True, False])
+@pytest.mark.parametrize("fails", ["batch", "step"])
+def test_steps_are_recorded_before_an_error_leaves(fails, under_way, tmp_path, monkeypatch):
+    def step(state, batch):
+        if state.step == 6:
+            raise RuntimeError("no batch 6")
+        return tiny_run.train_step(state, batch)
+
+    monkeypatch.setattr(engine, "is_under_way", lambda loss: under_way)
+    batches, step = (Batches(broken_at(6)), tiny_run.train_step) if fails == "batch" else (Batches(), step)
+    options = RunOptions(steps=STEPS, log_every=1, checkpoint_every=0)
+    with pytest.raises(RuntimeError, match="no batch 6"):
+        engine.run(tiny_run.new_state(), step, batches, options, folder=tmp_path, output=io.StringIO())
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_validation_loss_must_be_finite_too(tmp_path):

@@ -102,6 +102,11 @@ def test_what_is_no_run(config, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(BadInput, match=r"/run: there is no such file or folder$"):
+        write_report_page(tmp_path / "run")
+
+
 def test_the_run_below_a_folder_is_named(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "model").mkdir()

@@ -332,16 +332,16 @@ def test_an_evaluation_at_first_is_refused_where_a_run_has_none(tmp_path):
 def test_what_decides_where_a_run_ends_must_stay(impatient):
     folder, _ = impatient
     for changed, said in (
-        ({"patience": 5}, r"options.patience 4 -> 5;"),
-        ({"patience": None}, r"options.patience 4 -> null;"),
-        ({"evaluate_every": 3}, r"options.evaluate_every 2 -> 3;"),
+        ({"patience": 5}, r"options: patience 4 -> 5;"),
+        ({"patience": None}, r"options: patience 4 -> null;"),
+        ({"evaluate_every": 3}, r"options: evaluate_every 2 -> 3;"),
     ):
         with pytest.raises(BadInput, match=said):
             quiet(folder, options=replace(PATIENT, **changed), evaluate=tiny_run.turning)
 
 
 def test_patience_cannot_begin_in_the_middle_of_a_run(whole):
-    with pytest.raises(BadInput, match=r"options.patience null -> 2;"):
+    with pytest.raises(BadInput, match=r"options: patience null -> 2;"):
         quiet(whole, options=replace(OPTIONS, patience=2))
 
 
