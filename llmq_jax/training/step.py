@@ -56,6 +56,10 @@ class Compiled(Generic[First, Result]):
     def __call__(self, first: First, batch: dict[str, Any]) -> Result:
         (refuse_consumed_state if isinstance(first, TrainState) else refuse_consumed)(first)
         result: Result = self.program(first, self.divided(batch))
+        # The devices of a CPU share a few threads. A program that is called before the one before it is done takes a
+        # thread for each device, and waits; where none is left for a part of that one, they wait for ever.
+        if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+            jax.block_until_ready(result)
         return result
 
 

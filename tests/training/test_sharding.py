@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ def compared(architecture, meshes):
         assert found["gradient"] < 1e-5, mesh
         assert found["params"] < 1e-6, mesh
     return facts
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the program keeps to one core")
+def test_devices_of_a_cpu_never_wait_for_each_other_for_ever():
+    command = [sys.executable, "-m", "tests.exchange_program"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("architecture", MESHES)
