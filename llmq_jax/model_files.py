@@ -272,6 +272,10 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
 def _describe(path: Path) -> str:
     if path.is_file():
         return f"a {path.suffix} file" if path.suffix else "a file"
+    from llmq_jax.training.run_folder import read_run_config
+
+    if read_run_config(path / CONFIG) is not None:
+        return "the folder of a run without a checkpoint"
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return "an empty folder"

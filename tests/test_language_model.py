@@ -23,6 +23,7 @@ from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.objectives import NextToken
 from llmq_jax.training import RunOptions, create_state, make_eval_step, make_train_step, run
 from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.weight_digest import weight_digest
 from tests.weights import draw_variables
 
@@ -305,7 +306,9 @@ def test_what_cannot_be_loaded_is_described(tmp_path):
     (tmp_path / "other").mkdir()
     for name in "abcdef":
         (tmp_path / "other" / f"{name}.txt").write_text("")
+    RunFolder(tmp_path / "run", {"lr": 1}).close()
     for path, found in (
+        (tmp_path / "run", "the folder of a run without a checkpoint"),
         (tmp_path / "empty", "an empty folder"),
         (tmp_path / "other", "a folder with a.txt, b.txt, c.txt, d.txt and 2 more"),
         (tmp_path / "other" / "a.txt", "a .txt file"),
