@@ -99,6 +99,7 @@ class Loop:
     seed: int = 0
     reward_learner: RewardLearner | None = None
     """Trains the reward model further (line 12)."""
+    say: Callable[[str], None] = print
     has_warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -291,7 +292,7 @@ class Loop:
                 "the mask"
             )
         if why is not None and not self.has_warned:
-            print(why)
+            self.say(why)
             self.has_warned = True
 
     def answer_metrics(self, cost: SamplingCost, rollout: Rollout, scores: Scores) -> dict[str, Any]:
