@@ -84,9 +84,10 @@ def one_line(box: str, options: type, arguments: list[str], program: str) -> str
         fields = {field.name for field in dataclasses.fields(options)}
         places = [words for name, words in WITHOUT_NAME.items() if name in fields]
         begins = [index for index, argument in enumerate(arguments) if f"{match[1]} ".startswith(f"{argument} ")]
-        after_an_option = any(argument.startswith("-") for argument in arguments[: max(begins, default=0) + 1])
-        words = "" if after_an_option or not places else f"{', '.join(places)}; "
-        return f"no option takes {match[1]!r}: {words}{see}"
+        before = arguments[: max(begins, default=0)]
+        names = [index for index, argument in enumerate(before) if argument.startswith("-")]
+        hints = [f"it follows {' '.join(before[names[-1] :])}"] if names else places and [", ".join(places)]
+        return f"no option takes {match[1]!r}: {'; '.join([*hints, see])}"
     return f"{text}: {see}"
 
 

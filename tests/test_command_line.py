@@ -207,9 +207,9 @@ BAD = {
     ),
     "like another in its hyphens": ([*GOOD, "--ham"], r"unknown option --ham: see \"bake --help\"$"),
     "strange option": ([*GOOD, "--xyzzy"], r"unknown option --xyzzy: see \"bake --help\""),
-    "short option": ([*GOOD, "-z"], r"no option takes '-z': see"),
-    "surplus argument": ([*GOOD, "bread"], r"no option takes 'bread': see"),
-    "value for a flag": ([*GOOD, "--quiet", "1"], r"no option takes '1': see"),
+    "short option": ([*GOOD, "-z"], r"no option takes '-z': it follows --topping jam; see"),
+    "surplus argument": ([*GOOD, "bread"], r"no option takes 'bread': it follows --topping jam; see"),
+    "value for a flag": ([*GOOD, "--quiet", "1"], r"no option takes '1': it follows --quiet; see"),
     "not an integer": ([*GOOD, "--batch-size", "many"], r"--batch-size takes an integer, not 'many': see"),
     "fraction": ([*GOOD, "--batch-size=1.5"], r"--batch-size takes an integer, not '1.5': see"),
     "not a number": ([*GOOD, "--heat", "hot"], r"--heat takes a number, not 'hot': see"),
@@ -244,7 +244,7 @@ def test_a_value_without_an_options_name_is_told_where_it_belongs(verb, words, c
 
 def test_a_value_too_many_of_an_option_has_no_place(capsys):
     assert run(["--data", "a.txt", "b.txt"], importlib.import_module("train.pretrain").main) == 2
-    assert capsys.readouterr().err == "error: no option takes 'b.txt': see \"bake --help\"\n"
+    assert capsys.readouterr().err == "error: no option takes 'b.txt': it follows --data a.txt; see \"bake --help\"\n"
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "grpo"])
