@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import run
-from llmq_jax.options import Positional, default_is
+from llmq_jax.options import Flag, Positional, default_is
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class Options:
     """The model: a Hugging Face folder, a hub id, or a file of weights (.safetensors, .bin, .pth)."""
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
+    overwrite: Flag = False
+    """Replace the target where it is what an earlier conversion wrote."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to store the weights in."""
     layout: str = "hf"
@@ -32,7 +34,7 @@ def main(options: Options) -> None:
     from llmq_jax.errors import BadInput
     from llmq_jax.model_files import free_folder, load, save
 
-    free_folder(options.target)  # a model is read for minutes
+    free_folder(options.target, options.overwrite)  # a model is read for minutes
     config = fields_given(options)
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     lm = load(options.source, options.layout, config, options.dtype)
@@ -46,7 +48,7 @@ def main(options: Options) -> None:
             )
         ends = lm.generation.eos_token_id or tuple(i for i in [tokenizer.end_of_text] if i is not None)
         lm = lm.replace(tokenizer=tokenizer, generation=lm.generation.replace(eos_token_id=ends))
-    folder = save(lm, options.target)
+    folder = save(lm, options.target, overwrite=options.overwrite)
     print(f"{folder}: {lm}")
     if lm.tokenizer is None:
         print("without a tokenizer, which text needs: give one with --tokenizer")

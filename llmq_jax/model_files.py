@@ -21,6 +21,7 @@ from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
     GENERATION_CONFIG,
+    check_target,
     find,
     float_type,
     is_hf,
@@ -38,6 +39,9 @@ from llmq_jax.models import ARCHITECTURES, PRESETS, architecture, build, fields_
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.whole_folders import whole_folder
+
+SAVED, SAVED_STEP = "checkpoints", "00000000"
+"""What `save` writes: a run's folder with nothing but the checkpoint of step 0."""
 
 
 def load(
@@ -144,26 +148,28 @@ def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> 
         return fields_from_text(config_class, assignments)
 
 
-def free_folder(folder: str | os.PathLike[str]) -> Path:
-    """A folder that `save` may write. BadInput: it is there, and not empty."""
+def free_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """A folder that `save` may write. BadInput: it is not empty, or with `overwrite` not what `save` wrote."""
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
+    check_target(folder, overwrite, SAVED, (SAVED,))
+    if (folder / SAVED).exists():
+        check_target(folder / SAVED, overwrite, SAVED_STEP, (SAVED_STEP,))
     return folder
 
 
-def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
+def save(lm: LanguageModel, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder.
 
-    It must not exist or be empty, else it is BadInput; it appears complete or not at all.
+    It must not exist or be empty; `overwrite=True` replaces one that holds nothing but what an earlier `save` wrote.
+    Else it is BadInput. It appears complete or not at all.
     """
     from llmq_jax.training.checkpoints import Checkpoints
 
     require_model(lm)
-    folder = free_folder(folder)
+    folder = free_folder(folder, overwrite)
     files = TextFiles(lm.tokenizer, lm.generation)
     with whole_folder(folder.resolve()) as partial:
-        checkpoints = Checkpoints(partial / "checkpoints")
+        checkpoints = Checkpoints(partial / SAVED)
         checkpoints.save(0, {"variables": lm.variables}, model_config=lm.config, tokenizer=files)
     return folder
 

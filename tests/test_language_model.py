@@ -224,11 +224,24 @@ def test_save_and_load(lm, tmp_path):
     assert loaded.config == lm.config
     assert loaded.generation == lm.generation
     assert loaded.tokenizer.encode("é") == [0xC3, 0xA9]
-    with pytest.raises(BadInput, match="is not an empty folder"):
+    with pytest.raises(BadInput, match="is not empty; name another folder, or replace"):
         save(lm, folder)
     bare = load(save(lm.replace(tokenizer=None), tmp_path / "bare"))
     assert bare.tokenizer is None
     assert bare.generation == lm.generation
+
+
+def test_a_save_replaces_an_earlier_one_and_nothing_else(lm, tmp_path):
+    folder = save(lm, tmp_path / "saved")
+    doubled = lm.replace(variables=jax.tree.map(lambda x: 2 * x, lm.variables))
+    assert_same_variables(load(save(doubled, folder, overwrite=True)), doubled)
+    (folder / "checkpoints" / "00000100").mkdir()
+    with pytest.raises(BadInput, match="checkpoints: holds 00000100, so it is no earlier export"):
+        save(lm, folder, overwrite=True)
+    (folder / "checkpoints" / "00000100").rename(folder / "notes")
+    with pytest.raises(BadInput, match="saved: holds notes, so it is no earlier export"):
+        save(lm, folder, overwrite=True)
+    assert_same_variables(load(folder), doubled)
 
 
 def test_nothing_is_left_of_a_save_that_failed(lm, tmp_path, monkeypatch):

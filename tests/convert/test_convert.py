@@ -50,6 +50,8 @@ def test_there_and_back(source, tmp_path):
     assert f"llmq generate {tmp_path / 'ours'}" in done.stdout
     assert load(tmp_path / "ours").tokenizer is not None
 
+    assert convert("from_hf", source, tmp_path / "ours", "--overwrite").returncode == 0
+
     done = convert("to_hf", tmp_path / "ours", tmp_path / "back")
     assert done.returncode == 0, done.stderr
     for path in source.iterdir():
@@ -70,7 +72,7 @@ def test_bad_input_is_one_line(source, tmp_path):
     )
 
 
-@pytest.mark.parametrize("words", ["from_hf", "to_hf", "to_hf --adapter", "to_hf --overwrite"])
+@pytest.mark.parametrize("words", ["from_hf", "from_hf --overwrite", "to_hf", "to_hf --adapter", "to_hf --overwrite"])
 def test_a_target_in_the_way_is_told_before_the_model_is_read(words, program, tmp_path):
     (taken := tmp_path / "taken").mkdir()
     (taken / "notes.txt").touch()
