@@ -39,6 +39,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of the assistant's reasoning before its answer; the first one that a message has counts."""
 KEYS = ("tool_calls", "tool_call_id", "name", *REASONING)
 """Keys that a message may have for the template beside role and content."""
+MARKS = ("weight", "train", "loss")
+"""Keys by which other programs (OpenAI's and Mistral's, axolotl, LLaMA-Factory) leave an answer out of the loss."""
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -164,8 +166,12 @@ def _message(message: Any, where: str, given: bool) -> Message:
         role = SPEAKERS[role]
     check_role(role, where)
     refuse_lost(message, ("function_call",), where)
-    if message.get("weight") == 0:
-        raise BadInput(f"{where} has the weight 0, which is not supported: choose what is learned by --train-on")
+    unlearned = next((name for name in MARKS if message.get(name) == 0), None)  # False is 0
+    if unlearned is not None and role == "assistant":
+        raise BadInput(
+            f"{where} has the {unlearned} {message[unlearned]}, which is not supported: choose what is learned by "
+            "--train-on"
+        )
     read = {name: message[name] for name in KEYS if message.get(name) is not None}
     for name, value in read.items():
         if name == "tool_calls":

@@ -246,28 +246,42 @@ class Loop:
         mask = rollout.answer_mask
         if self.mask_truncated:
             mask = mask * rollout.terminated[:, None]
+        old_logprobs = self.old_logprobs(state, rollout)
         rows = {
             "tokens": rollout.tokens,
             "lengths": rollout.lengths,
             "prompt_lengths": rollout.prompt_lengths,
             "completion_mask": mask,
-            "old_logprobs": rollout.logprobs,
+            "old_logprobs": old_logprobs,
             "advantages": advantages,
         }
         if self.objective.group_size > 1:
             rows["prompts"] = rollout.prompt_rows()
         if self.objective.beta > 0:
             rows["reference_logprobs"] = (
-                rollout.logprobs if self.reference == "old" else self.reference_logprobs(state, rollout)
+                old_logprobs if self.reference == "old" else self.reference_logprobs(state, rollout)
             )
         return rows
 
+    def old_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
+        """[B, C]: log-probabilities of the answers' tokens under the policy that drew them, as they were drawn. Where
+        several updates are bounded, and 16 bits or TF32 round otherwise in drawing than in learning, they are those of
+        learning: else the ratio would leave narrow bounds before the policy moves."""
+        variables = as_read(state.variables)
+        if self.iterations == 1 or self.objective.model.merges_exactly(variables):
+            return rollout.logprobs
+        return self.logprobs(variables, rollout)
+
     def reference_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """[B, C]: log-probabilities of the answers' tokens under the reference."""
+        return self.logprobs(reference_variables(state), rollout)
+
+    def logprobs(self, variables: dict[str, Any], rollout: Rollout) -> np.ndarray:
+        """[B, C]: log-probabilities of the answers' tokens, computed as the policy learns."""
         objective = self.objective
         logprobs = _completion_logprobs(
             objective.model,
-            reference_variables(state),
+            variables,
             rollout.tokens,
             rollout.lengths,
             rollout.prompt_lengths,

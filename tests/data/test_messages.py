@@ -254,6 +254,15 @@ def test_a_call_of_sharegpt_keeps_what_stands_beside_it(tmp_path):
         read(tmp_path, {"conversations": [turns[0], {**call_in_json, "weight": 0}]})
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_an_answer_that_is_marked_as_not_to_be_learned_is_not_learned_unasked(tmp_path, mark):
+    """OpenAI's, axolotl's and LLaMA-Factory's marks."""
+    name, value = next(iter(mark.items()))
+    with pytest.raises(BadInput, match=rf"messages\[1\] has the {name} {value}, .* --train-on"):
+        read(tmp_path, {"messages": [user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")]})
+    read(tmp_path, {"messages": [{**user("a"), **mark}, {**assistant("b"), name: True}]})
+
+
 def test_what_tools_say_may_stand_in_json(tmp_path):
     """As Llama 3.1's template has it."""
     source = TOOLED.replace("{{ m.content }}</s>", "{{ m.content | tojson }}</s>")

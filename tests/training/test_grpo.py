@@ -145,6 +145,18 @@ def test_answers_in_half_precision_are_those_of_the_adapters_that_learn(lm):
     assert beside < 1.4 * plain  # merged: 1.85
 
 
+def test_in_half_precision_nothing_is_clipped_before_the_policy_moves(lm):
+    """Drawing rounds otherwise than learning, by more than the bounds of gspo's paper."""
+    half = lm.replace(model=lq.build(lm.config, dtype="bfloat16"))
+    objective = GRPO(half.model, loss_type="gspo", clip_low=3e-4, clip_high=4e-4, temperature=SAMPLER.temperature)
+    still = adamw(lambda step: 0.0, weight_decay=0.0)
+    update = make_train_step(objective, still)
+    loop = Loop(half, objective, update, prompts(), text_rewards(), GROUP, NEW, SAMPLER, iterations=2)
+    state = create_state(jax.tree.map(jnp.array, half.variables), still)
+    _, metrics = loop.step(state, PromptBatches(5, 2)[0])
+    assert metrics["clip_ratio/region_mean"] == 0
+
+
 def test_a_step_raises_the_reward_of_its_answers(lm):
     """What was better than its group becomes likelier, what was worse less so."""
     loop, state = make_loop(lm, iterations=2)
