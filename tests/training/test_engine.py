@@ -15,6 +15,7 @@ from tiny_run import OPTIONS, STEPS, Batches
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
+from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
 
@@ -178,11 +179,23 @@ def test_tokens_that_a_step_drew_or_the_batches_tell_of_all_processes(tmp_path):
 
     def drawing(state, batch):
         state, metrics = tiny_run.train_step(state, batch)
-        return state, {**metrics, "tokens": jnp.int32(7)}  # from a compiled step
+        plain = {"next_token_loss": metrics["loss"] - 1}  # which is shown
+        return state, {**metrics, **plain, "tokens": jnp.int32(7)}  # from a compiled step
 
     folder = tmp_path / "run"
     output = io.StringIO()
     options = replace(OPTIONS, evaluate_every=0, sample_every=0, plot=False)
-    engine.run(tiny_run.new_state(), drawing, Told(), options, folder=folder, output=output)
+    result = engine.run(tiny_run.new_state(), drawing, Told(), options, folder=folder, output=output)
+    assert result.loss == timeless(folder)[-1]["next_token_loss"]
     assert [record["tokens"] for record in timeless(folder)] == [7 * record["step"] for record in timeless(folder)]
     assert Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), STEPS).info.tokens == 7 * STEPS
+
+
+def test_records_are_on_the_disk_before_a_checkpoint_implies_them(tmp_path, monkeypatch):
+    done = []
+    sync, save = Recorder.sync, Checkpoints.save
+    monkeypatch.setattr(Recorder, "sync", lambda *given: (done.append("sync"), sync(*given)))
+    monkeypatch.setattr(Checkpoints, "save", lambda *given, **named: (done.append("save"), save(*given, **named))[1])
+    options = replace(OPTIONS, evaluate_every=0, sample_every=0, checkpoint_every=10, plot=False)
+    engine.run(tiny_run.new_state(), tiny_run.train_step, Batches(), options, folder=tmp_path, output=io.StringIO())
+    assert done == ["sync", "save", "sync", "save", "sync"]
