@@ -116,7 +116,7 @@ def test_find_checkpoint(three, tmp_path):
     newest = three.path(3)
     assert find_checkpoint(tmp_path) == find_checkpoint(three.folder) == find_checkpoint(newest) == newest
     assert find_checkpoint(tmp_path / "nowhere") is None
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "20240101").mkdir(parents=True)  # a date, say
     assert find_checkpoint(tmp_path / "other") is None
     with pytest.raises(BadInput, match=r"no checkpoint in .*other; give a run folder"):
         load_checkpoint_variables(tmp_path / "other")

@@ -525,6 +525,8 @@ def test_an_end_token_that_the_reward_model_takes_for_padding_ends_the_last_step
     scores = ModelReward(padded, process=True, separator="none")(rollout)
     np.testing.assert_array_equal(scores.step_ends, [[0, 0, 1], [0, 0, 1]])
     np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
+    of_one_token = dataclasses.replace(rollout, prompt_lengths=np.array([3, 3], np.int32))  # of which something is read
+    assert ModelReward(padded).rows(of_one_token)[1].tolist() == [4, 4]
 
 
 def test_process_supervision_rewards_later_steps(lm, reward_lm):
