@@ -143,6 +143,10 @@ def test_options_that_recipes_share(reached):
     intervals = {"log_every": 3, "evaluate_every": 4, "sample_every": 5, "checkpoint_every": 6}
     others = {"patience": 2, "keep_last": 7, "on_full_disk": "continue", "profile": "1:2", "evaluate_first": True}
     assert given.run[0][3] == RunOptions(9, **intervals, **others)
+    recorded, may_change = (given.run[1][name] for name in ("config", "may_change"))
+    assert {"accumulate", "remat", "scan_layers", "attention", "data", "sample_prompt"} <= set(may_change)
+    assert recorded["seed"] == 11 and {"seed", "batch_size", "dtype", "betas"}.isdisjoint(may_change)
+    assert {"device", "mesh", "out", "options"}.isdisjoint(recorded)  # where it is computed, and written
 
 
 def test_options_of_other_kinds_of_adapters_and_of_muon(reached):
