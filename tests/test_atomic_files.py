@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,29 @@ def test_an_atomic_write_without_room_leaves_what_was_there_and_nothing_else(tmp
         write_atomically(tmp_path / "file", b"new")
     assert (error.value.filename, os.listdir(tmp_path)) == (str(tmp_path / "file"), ["file"])
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_what_is_written_is_on_the_disk_before_it_bears_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append((path.name, path.read_bytes() if path.is_file() else "folder"))
+        fsync(descriptor)
+
+    def replaced(old, new):
+        done.append(new.name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_atomically(tmp_path / "file", b"new")
+    assert done == [(".file.partial", b"new"), "file", (tmp_path.name, "folder")]
+    file = AppendedFile(tmp_path / "lines")
+    file.append(b"one\n")
+    file.sync()
+    file.close()
+    assert done[3:] == [("lines", b"one\n")]
 
 
 def test_what_a_full_disk_is_told_by():

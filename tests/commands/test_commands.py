@@ -11,6 +11,7 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax import command_line, commands
+from llmq_jax.errors import BadInput
 
 
 def test_help_lists_every_verb(llmq):
@@ -46,6 +47,18 @@ def test_help_gives_every_option_a_meaning_and_a_default_that_means_something(na
         shown = rf"(--{field.name.replace('_', '-')}|{field.name.upper().replace('_', '-')})(, --no-\S+)?"
         assert re.search(rf" \[?{shown}", out), field.name
         assert not re.search(rf" {shown}( [A-Z]+| \{{[^}}]*\}})* \((default|required|repeatable)", out), field.name
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [("generate", ["--prompt", "a"]), ("chat", []), ("evaluate", [__file__]), ("classify", ["--text", "a"])],
+)
+def test_weights_are_read_in_the_type_that_is_given(llmq, monkeypatch, verb, words):
+    def load(source, dtype=None):
+        raise BadInput(f"{source} in {dtype}")
+
+    monkeypatch.setattr(lq, "load", load)
+    assert llmq(verb, "model", *words, "--dtype", "bfloat16") == (2, "", "error: model in bfloat16\n")
 
 
 def test_version(llmq):

@@ -15,11 +15,14 @@ import pytest
 import llmq_jax as lq
 import train.grpo
 from llmq_jax.data import ByteTokenizer
+from llmq_jax.data.prompts import Prompt
 from llmq_jax.errors import BadInput
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.training import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
-from train.grpo import Options, resolved, shared_by
+from llmq_jax.training.rollout_scores import Scores
+from llmq_jax.training.rollouts import Rollout
+from train.grpo import Options, resolved, shared_by, validated
 from train.rewards import replayed
 
 SIZES = {
@@ -250,6 +253,28 @@ def test_the_checkpoint_of_highest_validation_reward_is_kept(grpo, measured):
     code, out, err = grpo(**options)
     assert (code, err) == (0, "") and "resuming run from step 4" in out
     assert f"\n{told}\n" in out and "training loss" not in out
+
+
+def test_validation_is_the_mean_over_greedy_answers_to_what_is_held_out(monkeypatch):
+    """Of each prompt once, though batches are filled up, and over those that a function rewards."""
+    asked = []
+
+    def greedy(policy, prompts, *, group_size, sampler, seeds, **_):
+        asked.append((len(prompts), group_size, sampler.temperature))
+        count = len(prompts)
+        lengths, ones = np.full(count, 3, np.int32), np.ones((count, 2), np.float32)
+        return Rollout(list(prompts), 1, ones, lengths, lengths - 2, ones, ones, ones[:, 0] > 0, [""] * count)
+
+    def score(answers):
+        rewards = np.array([float(prompt.text) for prompt in answers.prompts], np.float32)
+        return Scores(rewards, {"even": np.where(rewards % 2, np.nan, rewards), "none": np.full_like(rewards, np.nan)})
+
+    monkeypatch.setattr("llmq_jax.training.rollouts.roll_out", greedy)
+    loop = SimpleNamespace(policy=lambda variables: variables, max_new_tokens=2, score=score)
+    prompts = [Prompt("row", str(number), [1], {}) for number in range(5)]
+    found = validated(loop, None, prompts, 3)
+    assert asked == [(3, 1, 0.0)] * 2
+    assert found == {"reward": 2.0, "rewards/even/mean": 2.0, "completions/mean_length": 2.0}
 
 
 def test_a_run_whose_reward_rises_no_more_stops_early(grpo, measured):

@@ -5,6 +5,11 @@ from functools import partial
 
 import pytest
 
+import llmq_jax as lq
+from llmq_jax.errors import BadInput
+from llmq_jax.training.plan import Run
+from llmq_jax.training.sharding import mesh_sizes
+
 
 @pytest.fixture
 def planned(program):
@@ -22,6 +27,22 @@ def test_a_plan_without_devices(planned):
         assert sum(row[column] for row in rows) == pytest.approx(total[column], abs=0.1)
     assert any(line.startswith("all-gather of weights, forward") and " fsdp " in line for line in lines)
     assert lines[-1].endswith("on each of 8 devices: fits 80 GiB")
+
+
+def test_every_option_reaches_the_plan(planned, monkeypatch):
+    given = []
+
+    def only_noted(run):
+        given.append(run)
+        raise BadInput("noted")
+
+    monkeypatch.setattr("llmq_jax.training.plan.plan", only_noted)
+    words = "--preset llama-10m --config num_hidden_layers=1 --mesh fsdp=2 --batch-size 8 --context 128 --accumulate 2"
+    words += " --dtype bfloat16 --remat dots --optimizer muon --moments first-bfloat16 --attention blocked"
+    assert planned(*words.split())[2] == "error: noted\n"
+    config = lq.preset("llama-10m", num_hidden_layers=1)
+    how = (2, "bfloat16", "dots", "muon", "first-bfloat16", "blocked")
+    assert given == [Run(config, mesh_sizes("fsdp=2"), 8, 128, *how)]
 
 
 def test_a_complete_run_of_pretraining_names_its_model(planned):

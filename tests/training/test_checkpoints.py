@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_find_checkpoint(three, tmp_path):
     newest = three.path(3)
     assert find_checkpoint(tmp_path) == find_checkpoint(three.folder) == find_checkpoint(newest) == newest
     assert find_checkpoint(tmp_path / "nowhere") is None
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "20240101").mkdir(parents=True)  # a date, say
     assert find_checkpoint(tmp_path / "other") is None
     with pytest.raises(BadInput, match=r"no checkpoint in .*other; give a run folder"):
         load_checkpoint_variables(tmp_path / "other")
@@ -362,13 +363,18 @@ def test_save_killed_at_any_point_leaves_whole_checkpoints_only(point, three, mo
     assert bits(three.restore(new_state()).state) == bits(new_state(4))
 
 
-def test_a_save_that_fails_leaves_nothing_behind(three):
+def test_a_save_that_fails_leaves_nothing_behind(three, monkeypatch):
     class Full:
         def save(self, folder):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
         three.save(4, new_state(4), tokenizer=Full())
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(new_state(4)))
+    short = SimpleNamespace(free=arrays + 2**20 - 1)  # they are not all that it writes
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: short)
+    with pytest.raises(OSError, match="No space left"):
+        three.save(4, new_state(4))
     assert sorted(os.listdir(three.folder)) == ["00000001", "00000002", "00000003"]
 
 
@@ -425,8 +431,8 @@ def test_manifest_is_on_the_disk_before_the_commit(three, monkeypatch):
     target = three.save(4, new_state(4))
     commit = order.index(f"to {target}")
     before = {path.split(".saving-00000004/")[-1] for path in order[:commit]}
-    names = {path.relative_to(target).as_posix() for path in [*every_file(target), target / "manifest.json"]}
-    assert names <= before
+    names = {path.relative_to(target).as_posix() for path in target.rglob("*")}  # of folders too, which hold names
+    assert names | {str(target.with_name(".saving-00000004"))} <= before
     assert order[commit + 1] == str(three.folder)
 
 

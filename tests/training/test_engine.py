@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from tiny_run import OPTIONS, STEPS, Batches
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
+from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
 
@@ -143,6 +145,11 @@ def test_interval_that_would_do_nothing_is_refused(name):
         tiny_run.run(None, options=RunOptions(**{"steps": 20, name: 5}), evaluate=None, sample=None)
 
 
+def test_intervals_are_ten_in_a_run_at_most():
+    options = RunOptions(steps=19).resolved(evaluates=True, samples=False, saves=True)
+    assert (options.evaluate_every, options.sample_every, options.checkpoint_every) == (2, 0, 2)
+
+
 def test_zero_means_never(tmp_path):
     options = replace(OPTIONS, log_every=0, evaluate_every=0, sample_every=0, checkpoint_every=0)
     _, said = quiet(tmp_path / "run", options=options)
@@ -178,11 +185,45 @@ def test_tokens_that_a_step_drew_or_the_batches_tell_of_all_processes(tmp_path):
 
     def drawing(state, batch):
         state, metrics = tiny_run.train_step(state, batch)
-        return state, {**metrics, "tokens": jnp.int32(7)}  # from a compiled step
+        plain = {"next_token_loss": metrics["loss"] - 1}  # which is shown
+        return state, {**metrics, **plain, "tokens": jnp.int32(7)}  # from a compiled step
 
     folder = tmp_path / "run"
     output = io.StringIO()
     options = replace(OPTIONS, evaluate_every=0, sample_every=0, plot=False)
-    engine.run(tiny_run.new_state(), drawing, Told(), options, folder=folder, output=output)
+    result = engine.run(tiny_run.new_state(), drawing, Told(), options, folder=folder, output=output)
+    assert result.loss == timeless(folder)[-1]["next_token_loss"]
     assert [record["tokens"] for record in timeless(folder)] == [7 * record["step"] for record in timeless(folder)]
     assert Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), STEPS).info.tokens == 7 * STEPS
+
+
+def test_the_clock_of_training_stops_for_what_is_done_between_steps(tmp_path, monkeypatch):
+    within, seen = [], []
+
+    @contextlib.contextmanager
+    def pause(pace):
+        within.append(pace)
+        yield
+        within.pop()
+
+    def evaluate(variables):
+        seen.append(len(within))
+        return {"loss": 1.0}
+
+    def sample(variables, step):
+        seen.append(len(within))
+        return ""
+
+    monkeypatch.setattr(engine.Pace, "pause", pause)
+    quiet(tmp_path, options=replace(OPTIONS, steps=4, sample_every=2, plot=False), evaluate=evaluate, sample=sample)
+    assert seen == [1, 1, 1]
+
+
+def test_records_are_on_the_disk_before_a_checkpoint_implies_them(tmp_path, monkeypatch):
+    done = []
+    sync, save = Recorder.sync, Checkpoints.save
+    monkeypatch.setattr(Recorder, "sync", lambda *given: (done.append("sync"), sync(*given)))
+    monkeypatch.setattr(Checkpoints, "save", lambda *given, **named: (done.append("save"), save(*given, **named))[1])
+    options = replace(OPTIONS, evaluate_every=0, sample_every=0, checkpoint_every=10, plot=False)
+    engine.run(tiny_run.new_state(), tiny_run.train_step, Batches(), options, folder=tmp_path, output=io.StringIO())
+    assert done == ["sync", "save", "sync", "save", "sync"]

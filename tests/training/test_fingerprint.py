@@ -23,6 +23,7 @@ def test_equal_arrays_have_one_fingerprint():
 def test_every_bit_type_place_and_name_counts(name):
     array = np.array(ARRAYS[name])
     others = [np.roll(array.ravel(), 1).reshape(array.shape), -array if array.dtype != bool else ~array]
+    retyped = array.view({1: np.int8, 2: np.float16, 4: np.uint32}[array.itemsize])  # the same bits
     for index in range(0, array.nbytes, 5):
         changed = bytearray(array.tobytes())
         changed[index] ^= 1
@@ -31,6 +32,7 @@ def test_every_bit_type_place_and_name_counts(name):
     found = {fingerprint(ARRAYS | {name: jnp.asarray(other)}) for other in others}
     rest = {other: array for other, array in ARRAYS.items() if other != name}
     found |= {fingerprint(rest | {("renamed",): ARRAYS[name]}), fingerprint(rest)}
+    assert fingerprint(ARRAYS | {name: jnp.asarray(retyped)}) != fingerprint(ARRAYS)
     if name == ("marks",):
         found.add("")  # to roll two marks is to negate them
     assert len(found - {fingerprint(ARRAYS)}) == len(others) + 2

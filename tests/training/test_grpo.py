@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.data.prompts import Prompt, PromptBatches
+from llmq_jax.data.prompts import Prompt, PromptBatches, step_seeds
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.generation.decoding import advance, prefill
@@ -255,6 +255,7 @@ def test_a_run_compiles_a_handful_of_programs(lm):
 @pytest.mark.parametrize(("reference", "moves"), [("iteration", [0, 2, 4]), ("start", [0])])
 def test_the_reference_is_refreshed(lm, reference, moves):
     loop, state = make_loop(lm, beta=0.1, reference=reference, steps_per_iteration=2)
+    state = state.replace(carried={**state.carried, "other": jnp.ones(1)})  # which stays
     start = jax.tree.map(np.asarray, state.carried[REFERENCE])
     for number in range(5):
         policy = jax.tree.map(np.asarray, state.variables["params"])
@@ -265,6 +266,7 @@ def test_the_reference_is_refreshed(lm, reference, moves):
             assert same(found, start["params"])
         # Where the reference is the policy itself, there is no distance yet.
         assert (abs(metrics["kl"]) < 1e-6) == (number in moves)
+        assert "other" in state.carried
 
 
 def test_the_old_policy_may_be_the_reference(lm):
@@ -357,12 +359,13 @@ def test_rounds_of_sampling(lm):
         rewards[teach, 0] = 1.0
         return Scores(rewards.reshape(-1), {})
 
-    loop, state = make_loop(lm, score, dynamic_sampling=True)
+    loop, state = make_loop(lm, score, dynamic_sampling=True, seed=3)
     loop.sample, loop.prompts = sample, prompts(12)
-    rollout, scores, cost = loop.answered(state, {"step": 0, "prompts": [5, 6, 7, 8]})
+    rollout, scores, cost = loop.answered(state, {"step": 2, "prompts": [5, 6, 7, 8]})
     asked, seeds = zip(*rounds, strict=True)
     assert sorted(place for each in asked for place in each) == list(range(12))
     assert len({seed for each in seeds for seed in each}) == 12 * GROUP
+    assert list(seeds[0]) == step_seeds(3, 2, 4 * GROUP)
     assert [prompt.columns["best"] for prompt in rollout.prompts] == [5, 7, *asked[2][:2]]
     assert loop.teaches(scores).all() and rollout.tokens.shape == (4 * GROUP, 11)
     assert cost.tokens == 12 * GROUP * (1 + NEW) and cost.silent == 0.5
@@ -534,6 +537,8 @@ def test_an_end_token_that_the_reward_model_takes_for_padding_ends_the_last_step
     scores = ModelReward(padded, process=True, separator="none")(rollout)
     np.testing.assert_array_equal(scores.step_ends, [[0, 0, 1], [0, 0, 1]])
     np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
+    of_one_token = dataclasses.replace(rollout, prompt_lengths=np.array([3, 3], np.int32))  # of which something is read
+    assert ModelReward(padded).rows(of_one_token)[1].tolist() == [4, 4]
 
 
 def test_process_supervision_rewards_later_steps(lm, reward_lm):
@@ -562,7 +567,9 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
         "lengths": np.full((1, 2), 8, np.int32),
         "response_mask": np.ones((1, 2, 8), np.float32),
         "mask": np.ones(1, np.float32),
+        "margins": np.full(1, 0.5, np.float32),
     }
+    replay = [{**old, "tokens": np.full_like(old["tokens"], number)} for number in range(9)]
     seen, told = [], []
     optimizer = adamw(lambda step: 0.01, weight_decay=0.0)
     update = make_train_step(RewardModel(reward_lm.model), optimizer)
@@ -574,9 +581,8 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
         return state, metrics
 
     variables = jax.tree.map(jnp.array, jax.device_get(reward_lm.variables))
-    learner = RewardLearner(
-        create_state(variables, optimizer), watched, text_rewards(), [old] * 9, 2, 2, width, ModelReward(reward_lm).rows
-    )
+    learned = create_state(variables, optimizer).replace(step=jnp.int32(4))  # from 4 old batches
+    learner = RewardLearner(learned, watched, text_rewards(), replay, 2, 2, width, ModelReward(reward_lm).rows)
     loop, state = make_loop(lm, ModelReward(reward_lm), steps_per_iteration=2, reward_learner=learner)
     begin = jax.tree.map(np.asarray, state.carried[REWARD_MODEL].variables)
     batches = PromptBatches(5, 2)
@@ -597,7 +603,11 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
             length = first.lengths[row]
             assert seen[0]["lengths"][group, side] == length
             np.testing.assert_array_equal(seen[0]["tokens"][group, side, :length], first.tokens[row, :length])
-    np.testing.assert_array_equal(seen[0]["tokens"][2, :, :8], old["tokens"][0])
+    for number, batch in enumerate(seen, start=4):
+        assert (batch["tokens"][2, :, :8] == number).all() and not batch["tokens"][2, :, 8:].any()
+        assert (batch["mask"].tolist(), batch["margins"].tolist()) == ([1, 1, 1], [0, 0, 0.5])  # the judge gives none
+    unable = dataclasses.replace(learner, judge=text_rewards(lambda completions, **_: [1.0] * len(completions)))
+    assert unable.pairs(first)["mask"].tolist() == [0, 0]
     # What it has learned, it scores by.
     rollout, scores, _ = loop.answered(state, batches[2])
     learned = ModelReward(reward_lm)(rollout, state.carried[REWARD_MODEL].variables)

@@ -13,6 +13,7 @@ from llmq_jax.training.metrics import (
     drop_samples_after,
     printable,
     read_metrics,
+    shown_loss,
 )
 
 
@@ -131,3 +132,10 @@ def test_printable_keeps_text_and_replaces_what_a_terminal_obeys():
     assert printable(text) == text
     assert printable("\x1b\x00\r\x9b\ud800\u202e\u2066\u2028") == "\ufffd" * 8
     json.dumps(printable("\ud800")).encode()
+
+
+@pytest.mark.parametrize("objective", ["next_token", "classification", "reward", "preference", "policy"])
+def test_the_loss_that_is_shown_is_the_plain_one(objective):
+    """Where training adds to it, as the balance losses of experts."""
+    assert shown_loss({"step": 1, "loss": 2.5, f"{objective}_loss": 2.0, "sequence_loss": 0.5}) == 2.0
+    assert shown_loss({"step": 1, "loss": 2.5}) == 2.5

@@ -11,8 +11,8 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, init
-from llmq_jax.training.optimizer import adamw, decay_mask, muon, orthogonalised, warmup_cosine, warmup_schedule
-from llmq_jax.training.roles import roles
+from llmq_jax.training.optimizer import DECAYED, adamw, decay_mask, muon, orthogonalised, warmup_cosine, warmup_schedule
+from llmq_jax.training.roles import ROLES, roles
 from tests.weights import draw_variables
 
 
@@ -91,6 +91,8 @@ def test_decay_goes_by_role_and_not_by_rank():
     assert len(decayed) == 6
     # The trap: a stack of biases has two axes and more.
     assert params["group_0"]["block_0"]["attention"]["qkv"]["bias"].ndim == 4
+    matrices = {"kernel", "up_kernel", "down_kernel", "embedding", "A", "B", "M", "v"}
+    assert {name for name, role in ROLES.items() if role in DECAYED} == matrices
 
 
 def test_a_parameter_without_a_role_is_named():
@@ -226,6 +228,30 @@ def test_muon_keeps_one_moment_of_matrices_in_the_type_asked_for():
     assert wide == total - matrices  # AdamW's second moments
     with pytest.raises(BadInput, match="with moments in bfloat16: what one update changes"):
         muon(1e-3, moments="bfloat16")
+    for name in ("momentum", "b1"):
+        with pytest.raises(BadInput, match=rf"^{name}=0\.995 with moments in bfloat16"):
+            muon(1e-3, moments="first-bfloat16", **{name: 0.995})
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_rates_epsilon_and_types_are_those_that_are_given(make):
+    """Of what is no matrix of a layer: as in optax's Adam."""
+    rng = np.random.default_rng(0)
+    params = {"group_0": {"block_0": {"up": {"kernel": jnp.zeros((1, 4, 6))}}}, "final_norm": {"scale": jnp.zeros(3)}}
+    gradients = [jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "f4"), params) for _ in range(3)]
+
+    def last_update(optimizer):
+        state = optimizer.init(params)
+        for gradient in gradients:
+            update, state = optimizer.update(gradient, state, params)
+        return update
+
+    given = {"b1": 0.6, "b2": 0.7, "epsilon": 0.5, "weight_decay": 0.0, "clip": None}
+    update, expected = last_update(make(0.1, **given)), last_update(optax.adam(0.1, b1=0.6, b2=0.7, eps=0.5))
+    np.testing.assert_allclose(update["final_norm"]["scale"], expected["final_norm"]["scale"], rtol=1e-5)
+    if make is muon:
+        wide, narrow = (jax.tree.leaves(last_update(muon(0.1, **given, dtype=of)))[1] for of in ("float32", "bfloat16"))
+        assert 1e-3 < np.abs(wide - narrow).max() / np.abs(wide).max() < 0.2
 
 
 def test_rates_by_layer_as_the_page_has_them():

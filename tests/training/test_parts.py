@@ -78,6 +78,7 @@ def test_what_trains_gets_the_gradient_that_it_gets_in_the_whole_model(case):
     np.testing.assert_allclose(parted_value, value, rtol=1e-6)
     layers = model.layer_paths()
     assert found.keys() & {"token_embedding", "position_embedding"} == set()
+    assert ("final_norm" in found) == (blocks > 0)
     for name, gradient in found.items():
         group = name.removesuffix("_upper")
         below = sum(block[0] == group for block, _ in layers[: len(layers) - blocks])
@@ -161,6 +162,15 @@ def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
     jax.tree.map(np.testing.assert_array_equal, again["params"], adapted["params"])
     tokens = batch()["tokens"]
     np.testing.assert_allclose(apply(model, again, tokens), apply(model, adapted, tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "frozen"), [("llama", (), 3), ("llama", ("token_embedding",), 0), ("a pattern", (), 2)]
+)
+def test_layers_below_adapters_have_no_gradients_but_on_the_way_to_an_embedding(name, heads, frozen):
+    model = build(CASES[name][0])
+    adapted = add_adapters(draw_variables(model.config), model.layer_paths(), LoRA(rank=2, layers=(3,)))
+    assert train_adapters(model, adapted, heads)[0].frozen_layers == frozen
 
 
 @pytest.mark.exhaustive

@@ -115,7 +115,8 @@ def test_pace_leaves_out_compiling_and_pauses():
     time = 0.0
     pace = Pace(steps=10, now=lambda: time)
     assert (pace.tokens_per_second(), pace.since_mark(), pace.seconds_left(), pace.seconds()) == (None, None, None, 0.0)
-    time = 100.0  # compiling
+    with pace.pause():  # as to start a profile
+        time = 100.0  # compiling
     pace.finished(3, tokens=3000)  # a resumed run
     assert (pace.tokens_per_second(), pace.since_mark(), pace.seconds_left()) == (None, None, None)
     time = 102.0

@@ -22,8 +22,11 @@ from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
+from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.resuming import resume
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.signals import StoppedBySignal
+from llmq_jax.training.validation import Validation
 
 
 @pytest.mark.exhaustive
@@ -61,8 +64,8 @@ def test_finished_run_says_so_and_returns_its_result(whole):
 
 def test_another_schedule_is_another_run(whole, tmp_path):
     """Whether it was stopped or is finished: a script that changes its rate alone would be given the old result."""
-    faster = tiny_run.optax.linear_schedule(0.1, 0.0, STEPS)
-    with pytest.raises(BadInput, match=r"another learning rate: 0\.05 in step 1, where it would be 0\.1; give that"):
+    faster = tiny_run.optax.linear_schedule(0.0501, 0.0, STEPS)
+    with pytest.raises(BadInput, match=r"another learning rate: 0\.05 in step 1, where it would be 0\.0501; give that"):
         quiet(whole, schedule=faster)
     stopping = Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
     with pytest.raises(StoppedBySignal):
@@ -84,6 +87,21 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(whole, tmp_path):
     assert following.endswith("from step 8")
     assert (folder / "checkpoints" / "damaged-00000010").is_dir()
     assert_same_run(whole, folder)
+
+
+def test_of_steps_after_the_checkpoint_a_run_knows_nothing(tmp_path):
+    """Where the newer one is damaged: neither the checkpoints' evaluations nor the records count."""
+    validation, checkpoints = Validation(("loss", "lowest")), Checkpoints(tmp_path / "run/checkpoints")
+    with RunFolder(tmp_path / "run", {}) as folder:
+        for step, value in ((1, 0.5), (2, 0.1)):
+            checkpoints.save(step, tiny_run.new_state(), value=value)
+            with open(tmp_path / "run/metrics.jsonl", "a") as file:
+                for record in ({"loss": float(step)}, {"validation_loss": value}):
+                    file.write(json.dumps({"step": step, **record}) + "\n")
+        flip_a_bit(checkpoints.path(2))
+        resumed = resume(folder, checkpoints, tiny_run.new_state(), validation, None, lambda said: None)
+    assert (resumed.info.step, resumed.loss) == (1, 1.0)
+    assert validation.values == validation.losses == {1: 0.5}
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
@@ -149,7 +167,9 @@ def test_another_run_is_refused_and_neutral_options_may_change(whole):
         quiet(whole, options=replace(OPTIONS, log_every=5))
     with pytest.raises(BadInput, match=r"model.width 8 -> 9;"):
         quiet(whole, model_config={"width": 9})
-    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False, sample_every=3, evaluate_every=5))
+    others = {"sample_every": 3, "evaluate_every": 5, "checkpoint_every": 3, "evaluate_first": True, "profile": "1:2"}
+    others |= {"keep_last": 7, "keep_best": False, "plot": False, "tensorboard": True, "on_full_disk": "continue"}
+    quiet(whole, options=replace(OPTIONS, **others))
 
 
 def branching(source, **changed):
@@ -159,15 +179,16 @@ def branching(source, **changed):
 def test_a_branch_of_a_run_goes_on_from_its_whole_state(whole, tmp_path):
     """With equal options it is that run: dropout's key, the moments and the place in the data come along. Killed before
     its first checkpoint it branches off once more, from the same one, though the other run has gone on meanwhile; after
-    it, it goes on from its own."""
+    it, it goes on from its own. Where it begins it is not evaluated once more."""
     source, folder = tmp_path / "stopped", tmp_path / "branch"
+    branched = branching(source, evaluate_first=True)
     for broken, stopped in ((10, 9), (14, 13)):
         with pytest.raises(RuntimeError, match="no batch"):
             quiet(source, Batches(broken_at(stopped)))
         with pytest.raises(RuntimeError, match="no batch"):
-            quiet(folder, Batches(broken_at(broken)), branching(source))
+            quiet(folder, Batches(broken_at(broken)), branched)
     shutil.rmtree(source)  # which it needs no more
-    result, said = quiet(folder, options=branching(source))
+    result, said = quiet(folder, options=branched)
     assert "from step 12" in said
     assert_same_arrays(result.state, final_state(whole))
     assert timeless(folder) == [record for record in timeless(whole) if record["step"] > 8]

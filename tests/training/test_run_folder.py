@@ -59,10 +59,11 @@ def test_a_run_that_failed_before_its_first_step_is_begun_with_other_options(tmp
     assert "run holds a run with other options that failed before its first step: begun anew" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 0.2
     assert not (tmp_path / "run" / "wandb_id.txt").exists()
-    (tmp_path / "run" / "samples.txt").write_text("step 8")
-    with pytest.raises(BadInput, match=r"options: lr 0.2 -> 0.1;"):
-        RunFolder(tmp_path / "run", CONFIG)
-    (tmp_path / "run" / "samples.txt").unlink()
+    for left in ("samples.txt", "finished.json"):
+        (tmp_path / "run" / left).write_text("step 8")
+        with pytest.raises(BadInput, match=r"options: lr 0.2 -> 0.1;"):
+            RunFolder(tmp_path / "run", CONFIG)
+        (tmp_path / "run" / left).unlink()
     (tmp_path / "run" / "checkpoints" / "00000003").mkdir(parents=True)
     with pytest.raises(BadInput, match=r"options: lr 0.2 -> 0.1;"):
         RunFolder(tmp_path / "run", CONFIG)

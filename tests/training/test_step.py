@@ -80,6 +80,15 @@ def test_evaluation_over_batches_is_the_mean_over_tokens():
     np.testing.assert_allclose(got["loss"], evaluate(eval_step, drawn(CONFIG), [joined])["loss"], rtol=1e-6)
 
 
+def test_a_term_that_counts_nothing_is_left_out_but_not_the_loss():
+    """As the second token ahead is in rows of two. Extremes have no weight."""
+    sums, weights = {"loss": 0.0, "mtp_2_loss": 0.0, "max_reward": 3.0}, {"loss": 0.0, "mtp_2_loss": 0.0}
+    totals = jax.tree.map(np.float32, (sums, weights))
+    with np.errstate(invalid="ignore"):
+        found = evaluate(lambda variables, batch: totals, {}, [{}])
+    assert found.keys() == {"loss", "max_reward"} and np.isnan(found["loss"]) and found["max_reward"] == 3.0
+
+
 def test_remat_scan_and_their_absence_give_the_same_update():
     batch = ragged_batch(3)
     reference, _ = whole_step()(fresh(SGD), batch)

@@ -1,11 +1,17 @@
+import os
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from compared_runs import quiet
+from tiny_run import OPTIONS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.signals import StoppedBySignal
 from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases, require_wandb
 
 
@@ -48,6 +54,14 @@ def test_tensorboard_purges_too_where_a_run_starts_again_from_step_0(tmp_path):
     old.rename(folder / "events.out.tfevents.1")  # of long ago: names are by the time
     TensorBoard(folder).close()
     assert events(folder) == [("training/loss", 1, 0.5), ("start", 1, None)]
+
+
+def test_tensorboard_is_told_from_where_a_run_goes_on(tmp_path):
+    options = replace(OPTIONS, steps=8, evaluate_every=0, sample_every=0, plot=False, tensorboard=True)
+    with pytest.raises(StoppedBySignal):
+        quiet(tmp_path, Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None), options)
+    quiet(tmp_path, options=options)
+    assert [step for tag, step, _ in events(tmp_path / "tensorboard") if tag == "start"] == [6]
 
 
 def test_tensorboard_does_not_load_torch():
