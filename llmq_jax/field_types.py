@@ -18,19 +18,22 @@ LARGEST_FLOAT = 2**1023
 
 
 def has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value suits a field's annotation: an int is a fine float, a bool is no int."""
+    """Whether a JSON value suits a field's annotation: an int is a fine float, a list a tuple, a bool is no int."""
     if isinstance(hint, UnionType):
         return any(has_type(value, option) for option in typing.get_args(hint))
     if (kind := typing.get_origin(hint)) is dict:
         return type(value) is dict
     if kind in (list, tuple):
-        return type(value) is kind and all(has_type(item, typing.get_args(hint)[0]) for item in value)
+        return type(value) in (kind, list) and all(has_type(item, typing.get_args(hint)[0]) for item in value)
     return type(value) is hint or (hint is float and type(value) is int and abs(value) < LARGEST_FLOAT)
 
 
 def as_type(value: Any, hint: Any) -> Any:
-    """A value that suits the annotation, in its type: JSON may write a float without a point."""
+    """A value that suits the annotation, in its type: JSON may write a float without a point, and has no tuples."""
     options = _options(hint)
+    kinds = {typing.get_origin(option): typing.get_args(option) for option in options}
+    if type(value) is list and tuple in kinds and list not in kinds:
+        return tuple(as_type(item, kinds[tuple][0]) for item in value)
     return float(value) if type(value) is int and float in options and int not in options else value
 
 

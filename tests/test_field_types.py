@@ -130,3 +130,17 @@ def test_what_the_public_functions_are_given():
 def test_a_variable_of_the_class_is_no_field_to_be_read_or_chosen():
     with pytest.raises(BadInput, match=r"there is no field 'oven'; choose from layers, heat, cream, name, other$"):
         create(Cake, {"oven": "gas"})
+
+
+def test_json_has_a_list_for_a_tuple():
+    @dataclass(frozen=True)
+    class Ropes:
+        bases: tuple[float, ...] | None = None
+        spans: tuple[tuple[int, ...], ...] = ()
+        names: tuple[str, ...] | list[str] = ()
+
+    read = create(Ropes, {"bases": [1, 2.5], "spans": [[0, 3], [4]], "names": ["a"]})
+    assert read == Ropes((1.0, 2.5), ((0, 3), (4,)), ["a"])  # a field that takes lists too gets what there is
+    assert [type(base) for base in read.bases] == [float, float]
+    with pytest.raises(BadInput, match=r"bases=\['a'\] is not of the type"):
+        create(Ropes, {"bases": ["a"]})

@@ -231,7 +231,7 @@ class Decoder(nn.Module):
         """Embeddings times Dynamic Tanh's learned factor, in models that have it for norms."""
         return self.embedding_scale(x) if self.config.norm == "dyt" else x
 
-    def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def normalise(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """The norm after the last layer."""
         normalised: Array = self.final_norm(x)
         return normalised

@@ -163,3 +163,20 @@ def test_a_model_that_is_not_registered_is_told(shown):
 
     with pytest.raises(BadInput, match="no model is registered for model_type 'unknown'; before it is built"):
         lq.init(Unknown(**SIZES))
+
+
+def test_layers_are_looked_into(shown):
+    config = lq.GPT2Config(**SIZES)
+    model, variables = lq.build(config), lq.init(config)
+    text, other = np.array([[3, 1, 4, 1, 5]]), np.array([[2, 7, 1, 8, 2]])
+    plain, others = (shown["streams"](model, variables, tokens) for tokens in (text, other))
+    assert plain.shape == (4, 1, 5, 16)
+    np.testing.assert_allclose(shown["lens"](model, variables, plain)[-1], model.apply(variables, text), atol=1e-5)
+
+    ablated = shown["streams"](model, variables, text, shown["without_head"](1, 0, 2))
+    assert (ablated[:2] == plain[:2]).all()
+    assert (ablated[2] != plain[2]).any()
+    patched = shown["streams"](model, variables, text, shown["patched"](1, 2, others))
+    assert (patched[1, :, 2] == others[1, :, 2]).all()
+    assert (patched[:, :, :2] == plain[:, :, :2]).all()  # the past does not see it
+    assert (patched[3, :, 4] != plain[3, :, 4]).any()

@@ -12,7 +12,9 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, build, init
 from llmq_jax.objectives import NextToken
+from llmq_jax.training.engine import run
 from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
 from tests.mesh_program import spread_of_draws
@@ -226,3 +228,30 @@ def test_batches_hold_what_a_teacher_says():
     taught = scope["Taught"]([batch], teacher)[0]
     assert taught.keys() == batch.keys() | {"teacher"}
     assert (taught["teacher"].argmax(axis=-1) == batch["tokens"]).all()
+
+
+def test_an_average_of_the_weights_is_kept_and_resumes(tmp_path):
+    averaged = shown("average")["Averaged"]
+
+    def trained(folder, batches):
+        step, eval_step = averaged(whole_step(), decay=0.5), make_eval_step(NextToken(build(CONFIG)))
+        files = {"folder": tmp_path / folder, "evaluate": lambda v: average_loss(v, step, eval_step)}
+        options = RunOptions(steps=3, checkpoint_every=1, evaluate_every=1, log_every=1, plot=False)
+        start, judged_by = step.start(fresh(SGD)), ("average_loss", "lowest")
+        return run(start, step, batches, options, judged_by=judged_by, **files).state
+
+    def average_loss(variables, step, eval_step):
+        losses = [evaluate(eval_step, v, [batches[0]])["loss"] for v in (variables, {"params": step.average})]
+        return dict(zip(("loss", "average_loss"), losses, strict=True))
+
+    batches = [ragged_batch(seed) for seed in range(3)]
+    state = trained("whole", batches)
+    expected, plain = fresh(SGD).trained, fresh(SGD)
+    for batch in batches:
+        plain, _ = whole_step()(plain, batch)
+        expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, expected, plain.trained)
+    assert_close(state.carried["average"], expected, rtol=1e-6)
+    with pytest.raises(IndexError):
+        trained("stopped", batches[:2])
+    resumed = trained("stopped", batches)
+    jax.tree.map(np.testing.assert_array_equal, resumed.carried, state.carried)
