@@ -35,6 +35,7 @@ from llmq_jax.layers.expert_blocks import block_lengths, in_blocks
 from llmq_jax.layers.expert_weights import Activation, ExpertWeights
 from llmq_jax.layers.experts_apart import through_chosen
 from llmq_jax.layers.grouped_product import grouped_product, works_here
+from llmq_jax.layers.recomputation import kept
 from llmq_jax.layers.repetition import repeated
 
 IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged", "grouped")
@@ -69,8 +70,8 @@ def dispatch(
 ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
     """(Σ over choices of weight · expert(x), the number of dropped assignments).
 
-    `capacity` is the number of slots per expert. With an `exchange`, ids number the experts of all devices, and dropped
-    assignments are counted on the device of their expert.
+    A token's choices are different experts. `capacity` is the number of slots per expert. With an `exchange`, ids
+    number the experts of all devices, and dropped assignments are counted on the device of their expert.
     """
     name = choose(implementation)
     if isinstance(experts.up, tuple):
@@ -105,7 +106,8 @@ def dispatch(
         mixed, dropped = own_experts(rows, flat[order], sizes, shares)
     else:
         shares = None
-        mixed, dropped = _on_owners(rows, sizes, exchange, own_experts)
+        room = len(ids) * min(ids.shape[1], experts.up.shape[0])
+        mixed, dropped = _on_owners(rows, sizes, room, exchange, own_experts)
     mixed = _reorder(mixed, inverse, order).reshape(*ids.shape, -1)
     if shares is not None:
         return mixed.sum(1), dropped
@@ -113,28 +115,31 @@ def dispatch(
 
 
 def _on_owners(
-    rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, own_experts: Callable[..., Any]
+    rows: Float[Array, "A D"], sizes: Int[Array, " E"], room: int, exchange: Exchange, own_experts: Callable[..., Any]
 ) -> tuple[Float[Array, "A D"], Int[Array, ""]]:
     """Send sorted rows to the devices that own their experts, apply these, and send the results back.
 
-    Nothing is dropped in transit: each device has room for all rows of every other, and computes those that arrived.
+    Nothing is dropped in transit: each device has `room` for the most rows that any other can send it, and computes
+    those that arrived.
     """
     count = len(rows)
     sizes = sizes.reshape(exchange.devices, -1)
     ends = jnp.cumsum(sizes.sum(1))
     starts = ends - sizes.sum(1)
-    place = starts[:, None] + jnp.arange(count)
-    parts = jnp.where((place < ends[:, None])[..., None], rows[jnp.minimum(place, count - 1)], 0)  # [devices, A, D]
+    places = jnp.arange(room)
+    place = starts[:, None] + places
+    parts = jnp.where((place < ends[:, None])[..., None], rows[jnp.minimum(place, count - 1)], 0)  # [devices, room, D]
     received, their_sizes = exchange.all_to_all(parts), exchange.all_to_all(sizes)
     # Received rows are sorted too: a row's index tells its expert. Empty places get an id past this device's experts.
-    ids = (jnp.arange(count)[:, None] >= jnp.cumsum(their_sizes, 1)[:, None]).sum(-1).reshape(-1)
+    ids = (places[:, None] >= jnp.cumsum(their_sizes, 1)[:, None]).sum(-1).reshape(-1)
     order, inverse = _sorted(ids, sizes.shape[1])
     ours = _reorder(received.reshape(-1, rows.shape[1]), order, inverse)
     mixed, dropped = own_experts(ours, ids[order], their_sizes.sum(0))
     returned = exchange.all_to_all(_reorder(mixed, inverse, order).reshape(parts.shape))
     index = jnp.arange(count)
     device = jnp.minimum(jnp.searchsorted(ends, index, side="right"), exchange.devices - 1)
-    return jnp.where((index < ends[-1])[:, None], returned[device, index - starts[device]], 0), dropped
+    # Of all the room that was returned the backward pass reads these rows alone.
+    return kept(jnp.where((index < ends[-1])[:, None], returned[device, index - starts[device]], 0)), dropped
 
 
 def _sorted(ids: Int[Array, " A"], most: int) -> tuple[Int[Array, " A"], Int[Array, " A"]]:
@@ -271,14 +276,14 @@ def _in_slots(
     starts = jnp.cumsum(sizes) - sizes
     real = ids < count
     place = jnp.arange(len(rows)) - starts[jnp.minimum(ids, count - 1)]
-    kept = real & (place < capacity)
+    placed = real & (place < capacity)
     # Slot s of expert e holds the row starts[e] + s, if there is one.
     held = jnp.arange(capacity) < sizes[:, None]
     index = jnp.where(held, starts[:, None] + jnp.arange(capacity), 0)
     slots = jnp.where(held[..., None], rows[index], 0)
     down = _all_experts(slots, "emd", experts, activation)
-    mixed = down[jnp.minimum(ids, count - 1), jnp.where(kept, place, 0)]
-    return jnp.where(kept[:, None], mixed, 0), (real & ~kept).sum()
+    mixed = down[jnp.minimum(ids, count - 1), jnp.where(placed, place, 0)]
+    return jnp.where(placed[:, None], mixed, 0), (real & ~placed).sum()
 
 
 def slots_each(factor: float, assignments: int, num_experts: int) -> int:

@@ -1,5 +1,8 @@
 """Experts shared among 8 devices: the same values and gradients; tokens are exchanged, and each does its share.
 
+Of a token's choices no more go to a device than it has experts, and no more room than that is sent; of what comes back
+the backward pass keeps what a token gets, not the room.
+
 Devices are virtual, which a process must ask for before JAX starts: hence the other process.
 """
 
@@ -19,14 +22,19 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from llmq_jax.layers.expert_dispatch import Exchange, dispatch
 from llmq_jax.layers.expert_weights import ExpertWeights
+from llmq_jax.layers.recomputation import POLICIES
 
-DEVICES, EXPERTS, TOKENS, WIDTH, HIDDEN = 8, 16, 64, 6, 10
+DEVICES, EXPERTS, CHOICES, TOKENS, WIDTH, HIDDEN = 8, 16, 3, 64, 6, 10
+OWN = TOKENS // DEVICES
+ROOM = OWN * min(CHOICES, EXPERTS // DEVICES)
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 experts = ExpertWeights(normal(EXPERTS, WIDTH, 2, HIDDEN), normal(EXPERTS, HIDDEN, WIDTH), normal(EXPERTS, 2, HIDDEN))
-x, weights, grad = normal(TOKENS, WIDTH), jnp.abs(normal(TOKENS, 2)), normal(TOKENS, WIDTH)
-ids = np.argsort(-(rng.standard_normal(EXPERTS) + rng.gumbel(size=(TOKENS, EXPERTS))), axis=1)[:, :2]
+x, weights, grad = normal(TOKENS, WIDTH), jnp.abs(normal(TOKENS, CHOICES)), normal(TOKENS, WIDTH)
+ids = np.argsort(-(rng.standard_normal(EXPERTS) + rng.gumbel(size=(TOKENS, EXPERTS))), axis=1)[:, :CHOICES]
 ids[5:9] = EXPERTS  # padding
+ids[16:32, :2] = [4, 5]  # two devices fill the whole room of one
+ids[16:32, 2] = 9
 ids = jnp.asarray(ids, jnp.int32)
 activate = lambda parts: jax.nn.silu(parts[..., 0, :]) * parts[..., 1, :]
 
@@ -38,7 +46,7 @@ shared = P("expert")
 def layer(name, x, ids, weights, experts):
     def on_a_device(x, ids, weights, experts):
         exchange = Exchange(DEVICES, all_to_all)
-        capacity = 2 * TOKENS if name == "capacity" else None  # room for all
+        capacity = CHOICES * TOKENS if name == "capacity" else None  # room for all
         return dispatch(x, ids, weights, experts, activate, name, capacity, exchange)[0]
 
     return jax.shard_map(on_a_device, mesh=mesh, in_specs=shared, out_specs=shared, check_vma=False)(
@@ -50,6 +58,13 @@ def loss(mix):
     return jax.jit(jax.value_and_grad(lambda x, w, e: (mix(x, ids, w, e) * grad).sum(), (0, 1, 2)))
 
 
+def kept(name):
+    # Shapes of what the backward pass reads, as layers have it.
+    mix = jax.checkpoint(partial(layer, name), policy=POLICIES["none"])
+    learned = lambda *inputs: jax.vjp(lambda x, weights, experts: mix(x, ids, weights, experts), *inputs)[1]
+    return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(learned, x, weights, experts))]
+
+
 expected = loss(lambda *inputs: dispatch(*inputs, activate, "dense")[0])(x, weights, experts)
 for name in ("blocks", "ragged", "grouped", "capacity"):
     compiled = loss(partial(layer, name)).lower(x, weights, experts).compile()
@@ -57,6 +72,8 @@ for name in ("blocks", "ragged", "grouped", "capacity"):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
     program = compiled.as_text()
     print(name, "exchanges", len(re.findall(r" all-to-all(?:-start)?\\(", program)))
+    rooms = [shape[1] for shape in kept(name) if shape[:1] + shape[2:] == (DEVICES**2, WIDTH)]
+    print(name, "rooms kept", rooms == [ROOM])
     # A device holds 2 of the 16 experts, and no array of all of them is ever formed.
     print(name, "all experts", len(re.findall(rf"f32\\[{EXPERTS},{WIDTH},2,{HIDDEN}\\]", program)))
     print(name, "own experts", len(re.findall(rf"f32\\[{EXPERTS // DEVICES},{WIDTH},2,{HIDDEN}\\]", program)) > 0)
@@ -70,5 +87,6 @@ def test_experts_on_eight_devices():
     for name in ("blocks", "ragged", "grouped", "capacity"):
         # Rows there and back with the loads, and the gradients of rows there and back.
         assert int(facts[f"{name} exchanges"]) >= 4
+        assert facts[f"{name} rooms kept"] == "True"
         assert facts[f"{name} all experts"] == "0"
         assert facts[f"{name} own experts"] == "True"
