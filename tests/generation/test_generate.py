@@ -201,7 +201,10 @@ def test_which_weights_read_prompts(lm, monkeypatch):
         layers is not None for _, layers in (lm.read_from(1, 999), experts.read_from(1, 128), experts.read_from(1, 129))
     ]
     assert sliced == [True, True, False]
+    apart = experts.sliced(1)
+    assert experts.sliced(1) is apart
     assert experts.read_from(25, 999)[1] is not None  # decoding of so many rows has its experts stacked
+    assert experts.sliced(1) is not apart  # of two layouts, each as large as the model, one is kept
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert lm.read_from(1, 16) == (lm.variables, None)
 

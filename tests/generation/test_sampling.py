@@ -27,6 +27,7 @@ LOGITS = np.log([0.5, 0.25, 0.15, 0.1]).tolist()
     ("options", "wanted"),
     [
         ({}, [True] * 4),
+        ({"top_k": 1}, [True, False, False, False]),
         ({"top_k": 2}, [True, True, False, False]),
         ({"top_k": 9}, [True] * 4),
         ({"top_p": 0.74}, [True, True, False, False]),
@@ -103,6 +104,15 @@ def test_tokens_are_drawn_by_their_mass():
 
 def test_a_share_that_rounding_keeps_from_being_reached_is_of_the_last_with_mass():
     assert _where_reached(jnp.asarray([[1.0, 2.0, 0.0]]), jnp.ones((1, 1))) == 1
+
+
+def test_a_sum_that_rounding_lets_grow_where_there_is_no_mass_draws_nothing_there():
+    masses = np.random.default_rng(0).exponential(size=(64, 393)).astype(np.float32)
+    masses[:, ::3] = 0.0
+    sums = jnp.cumsum(masses, axis=-1)
+    shares = (sums / sums[:, -1:]).reshape(-1, 1)  # just what is reached at each place
+    masses = jnp.repeat(masses, masses.shape[1], axis=0)
+    assert jnp.take_along_axis(masses, _where_reached(masses, shares)[:, None], axis=1).all()
 
 
 @pytest.mark.parametrize("masses", [[np.nan] * (BLOCK + 1), [0.0] * (BLOCK + 1)])
