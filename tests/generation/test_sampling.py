@@ -127,7 +127,8 @@ def test_the_first_largest_is_argmax():
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    tokens, logprobs = sample(jnp.array([[0.0, 3.0, 3.0]]), jax.random.split(jax.random.key(0), 1), Sampler(0.0))
+    logits = jnp.array([[0.0, 3.0, 3.0]], jnp.bfloat16)
+    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 1), Sampler(0.0))
     assert tokens.tolist() == [1]
     np.testing.assert_allclose(logprobs, jax.nn.log_softmax(jnp.array([0.0, 3.0, 3.0]))[1], rtol=1e-6)
 
