@@ -275,6 +275,14 @@ def test_cores_share_a_long_document(monkeypatch):
     assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode("one\ntwo\nthree\n")
 
 
+def test_a_token_that_begins_and_ends_texts_stands_once_between_them():
+    class Beginning(ByteTokenizer):
+        beginning = (256,)
+
+    assert encode_documents(Beginning(), ["a", "b"]).tolist() == [256, 97, 256, 98, 256]
+    assert encode_documents(Beginning(), ["a", "b"], append_end_of_text=False).tolist() == [256, 97, 256, 98]
+
+
 def test_encode_documents_needs_an_end_of_text_token(tmp_path):
     tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
