@@ -66,6 +66,8 @@ def test_equally_probable_tokens_stay_together():
 
 def test_what_reaches_p_is_the_whole_nucleus():
     assert nucleus_edge(jnp.asarray([[0.5, 0.25, 0.25]]), 0.5) == 0.5
+    # The most probable token is in it, even where rounding leaves less than 1 - p in all.
+    assert nucleus_edge(jnp.asarray([[0.5, 0.25]]), 0.125) == 0.5
 
 
 def test_the_nucleus_is_found_without_sorting():
