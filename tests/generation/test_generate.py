@@ -94,7 +94,6 @@ def test_a_row_depends_on_its_own_seed_only(lm):
     numbered = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=5)
     seeds = [lq.generation.row_seed(5, row) for row in range(3)]
     listed = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=seeds)
-    assert seeds[0] == 5
     np.testing.assert_array_equal(numbered.tokens, listed.tokens)
     assert not np.array_equal(numbered.tokens, together.tokens)
 
@@ -248,6 +247,7 @@ def test_stop_strings_end_the_text_and_the_tokens(lm):
     string = free.text[1][20:22]
     stopped = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=[1, 2, 3], stop=[string, "never there"])
     assert stopped.text[1] == free.text[1][: free.text[1].index(string)]
+    assert max(stopped.lengths) == 40
     length = stopped.lengths[1]
     assert string in lm.tokenizer.decode(free.tokens[1, :length].tolist())
     assert string not in lm.tokenizer.decode(free.tokens[1, : length - 1].tolist())
