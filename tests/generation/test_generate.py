@@ -446,6 +446,7 @@ def test_the_context_may_be_filled_and_not_exceeded(lm):
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"prompts": ["a", "b"], "seed": [1]}, "1 seed given for 2 rows"),
         ({"prompts": "a", "seed": -1}, "must lie between 0"),
+        ({"prompts": "a", "seed": 2**32}, "must lie between 0"),
         ({"prompts": "a", "stop": ""}, "a stop string is empty"),
         ({"prompts": "a", "stop": [1.5]}, "stop=1.5 is neither a string nor a token id below 257"),
         ({"prompts": "a", "stop": [999]}, "stop=999 is neither"),
