@@ -163,6 +163,7 @@ def test_compiled_once_for_each_shape(lm):
             "positions have the shape [1, 1], which does not fit tokens: [1, 2]",
         ),
         ({"tokens": [[1, 2]], "lengths": [3]}, "lengths must lie between 0 and 2"),
+        ({"tokens": [[1, 2]], "lengths": [-1]}, "lengths must lie between 0 and 2"),
         ({"tokens": [[1, 2]], "lengths": [1, 1]}, "lengths have the shape [2], which does not fit tokens: [1]"),
         ({"tokens": [[1, 2]], "lengths": [1], "segment_ids": [[1, 0]]}, "give one of them"),
         ({"tokens": [[0] * 12], "segment_ids": [[1] * 9 + [2] * 3]}, "position 8 is outside the model's 8"),
@@ -185,6 +186,9 @@ def test_positions_go_forward_in_a_document(lm):
     tokens = [[1, 2, 3, 4, 5]]
     apart = lm.logits(tokens, positions=[[0, 1, 0, 1, 2]], segment_ids=[[1, 1, 2, 2, 2]])
     np.testing.assert_allclose(apart[0, 2:], lm.logits([[3, 4, 5]])[0], atol=1e-5)
+    # Those of padding may be any, and a document's may stay.
+    padded = lm.logits([[9, 9, 3, 4, 5]], positions=[[1, 0, 0, 0, 1]], segment_ids=[[0, 0, 1, 1, 1]])
+    np.testing.assert_allclose(padded[0, 2:], lm.logits([[3, 4, 5]], positions=[[0, 0, 1]])[0], atol=1e-5)
     with pytest.raises(BadInput, match=r"positions\[0, 2\] is 0, after 1 in the same document; .* segment_ids"):
         lm.logits(tokens, positions=[[0, 1, 0, 1, 2]])
 

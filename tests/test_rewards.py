@@ -36,6 +36,7 @@ ANSWERS = [
     ("it loses $-5, or -$5", "#### -5", 1.0),
     ("the sum is −4", "-4", 1.0),
     ("10-3", "3", 1.0),  # a difference, no negative number
+    ("(2+8)-3", "3", 1.0),
     ("GPT-4", "4", 1.0),
     ("it costs $.50", "0.5", 1.0),
     ("the roots are 1,2", "2", 1.0),  # two numbers, not thousands
@@ -72,6 +73,7 @@ ANSWERS = [
     ("#### Step 2\nIt is 18", "18", 1.0),  # a heading
     ("#### 1. First\n5 and 7\n#### 2. Then\nIt is 12", "12", 1.0),
     ("#### 72.\nDone 5", "72", 1.0),
+    ("#### 1\nnot 5", "1", 1.0),  # the number of a first heading, without a title
     ("#### 72. The total of 5", "72", 1.0),
     ("#### 3/4", "0.75", 1.0),
     ("12 of them <answer>none</answer>", "12", 0.0),
@@ -184,6 +186,8 @@ def test_the_weighted_sum_leaves_out_what_has_nothing_to_say():
     np.testing.assert_array_equal(by_name["digits"], [2, 3, np.nan])
     np.testing.assert_array_equal(by_name["answer"], [1, np.nan, 0])
     assert list(by_name) == ["digits", "answer"] and total.dtype == np.float32
+    total, _ = rewards(["a"], ["no"], {"answer": ["?"]}, alone=False)  # beside a reward model
+    np.testing.assert_array_equal(total, [0.0])
 
 
 def test_each_function_has_lists_of_its_own():
@@ -216,7 +220,7 @@ def test_a_function_in_another_takes_what_that_one_takes():
         return [float(text == solution) for text in completions]
 
     @functools.wraps(inner)
-    def outer(completions, answer, **_):
+    def outer(completions, answer, optional=None, **_):
         return inner(completions, answer)
 
     total, _ = Rewards(("wrapped",), (outer,), (1.0,))(["?"], ["7"], {"answer": "7"})

@@ -123,7 +123,7 @@ def tokenize_conversations(
 
 def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "response") -> Example:
     """A whole conversation as tokens. A text that no chat template wrote gets the tokenizer's beginning, if it has one,
-    and the end-of-text token, which is learned if the last answer ends the text.
+    and the end-of-text token, which is learned.
 
     Raises BadInput for an answer that is not there, and for a tokenizer without the end of text that is needed.
     """
@@ -141,7 +141,7 @@ def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "resp
         # Some tokenizers append it themselves.
         if not ids or ids[-1] != tokenizer.end_of_text:
             ids, learned = [*ids, tokenizer.end_of_text], np.append(learned, False)
-        learned[-1] = spans[-1][1] == len(rendered.text)
+        learned[-1] = True  # where no chat template writes, the last answer ends the text
     return Example(np.array(ids, np.int32), learned, rendered.where)
 
 

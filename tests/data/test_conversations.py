@@ -191,6 +191,11 @@ def test_a_template_that_rewrites_answers(tmp_path):
     assert learned(rendered, "last") == ["</think>d\n</s>"]
     with pytest.raises(BadInput, match=r"line 1 has an answer that the chat template writes in another way.*last one"):
         rendered.chosen("response")
+    # Nor where an answer begins, if the prompt before it is rewritten.
+    said = "[{{ m.role }}{{ '!' if loop.last }}]{{ m.content }}"
+    marking = f"{{% for m in messages %}}{said}{{% endfor %}}{{% if add_generation_prompt %}}[assistant!]{{% endif %}}"
+    with pytest.raises(BadInput, match="in another way"):
+        render(conversation, "chat", ChatTemplate(marking)).chosen("last")
 
 
 def test_a_template_that_ends_what_opens_no_answer(tmp_path):

@@ -117,7 +117,7 @@ def test_what_is_learned():
 
 
 def test_end_of_text_in_a_text_is_text():
-    example = tokenize(render(prompt("a", "<|endoftext|>"), "plain"), ByteTokenizer())
+    example = tokenize(render(prompt("a", "<|endoftext|>b"), "plain"), ByteTokenizer())
     assert (example.tokens == END).sum() == 1
 
 

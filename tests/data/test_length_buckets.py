@@ -25,7 +25,7 @@ def batches(**changes):
 
 
 @pytest.mark.parametrize(
-    ("length", "width"), [(0, 32), (1, 32), (32, 32), (33, 64), (64, 64), (65, 96), (97, 120), (120, 120)]
+    ("length", "width"), [(0, 32), (1, 32), (32, 32), (33, 64), (64, 64), (65, 96), (96, 96), (97, 120), (120, 120)]
 )
 def test_widths(length, width):
     assert bucket_width(length, 120) == width

@@ -62,6 +62,13 @@ def test_calls_are_learned_and_what_tools_say_is_not(tmp_path):
     assert text.startswith('[tools]{"type": "function", "function": {"name": "weather"')
 
 
+def test_of_several_names_of_reasoning_the_first_counts(tmp_path):
+    messages = [user("a"), assistant("b", reasoning="3", thinking="2", reasoning_content="1")]
+    (conversation,) = read(tmp_path, {"messages": messages})
+    text = render(conversation, "chat", ChatTemplate(TOOLED)).text
+    assert "<think>1</think>" in text and text == by_transformers(TOOLED, messages)
+
+
 @pytest.mark.parametrize("null", [{}, {"content": None}, {"content": ""}])
 def test_who_only_calls_says_nothing(tmp_path, null):
     messages = [user("How warm?"), {"role": "assistant", **null, "tool_calls": [call("clock")], "reasoning": None}]
@@ -177,6 +184,16 @@ def test_broken_json_in_parquet(tmp_path):
         (
             {"messages": LOOP, "tools": TOOLS},
             TOOLED.replace("call in m.tool_calls", "call in (m.tool_calls or [])[:1]"),
+            r"leaves out a part of what messages\[1\] says",
+        ),
+        (
+            {"messages": [user("a"), assistant("", tool_calls=[call("clock"), call("clock")])]},
+            TOOLED.replace("call in m.tool_calls", "call in (m.tool_calls or [])[:1]"),
+            r"leaves out a part of what messages\[1\] says",
+        ),
+        (  # what opens an answer holds such a word too
+            {"messages": [user("a"), assistant("assist")]},
+            CHATML.replace("m['content']", "m['content'] if m['role'] != 'assistant'"),
             r"leaves out a part of what messages\[1\] says",
         ),
     ],

@@ -130,6 +130,7 @@ def test_gpt2_known_ids(gpt2):
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode("Hello<|endoftext|>", allow_special=True) == [15496, 50256]
     assert 50256 not in gpt2.encode("Hello<|endoftext|>")
+    assert gpt2.decode([15496, 50256, 995], skip_special_tokens=True) == "Hello world"
     assert (gpt2.vocab_size, gpt2.end_of_text, gpt2.name) == (50257, 50256, "gpt2")
 
 
@@ -273,6 +274,21 @@ def test_cores_share_a_long_document(monkeypatch):
     (ids,) = tokenizer.encode_arrays(["one\ntwo\nthree\n"])
     assert sorted(read) == ["\n", "\nthree", "one\ntwo"]
     assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode("one\ntwo\nthree\n")
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_the_type_of_ids_holds_the_largest(vocab_size, dtype):
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = vocab_size
+    assert tokenizer.dtype == dtype
+
+
+def test_a_token_that_begins_and_ends_texts_stands_once_between_them():
+    class Beginning(ByteTokenizer):
+        beginning = (256,)
+
+    assert encode_documents(Beginning(), ["a", "b"]).tolist() == [256, 97, 256, 98, 256]
+    assert encode_documents(Beginning(), ["a", "b"], append_end_of_text=False).tolist() == [256, 97, 256, 98]
 
 
 def test_encode_documents_needs_an_end_of_text_token(tmp_path):

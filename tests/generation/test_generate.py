@@ -94,7 +94,6 @@ def test_a_row_depends_on_its_own_seed_only(lm):
     numbered = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=5)
     seeds = [lq.generation.row_seed(5, row) for row in range(3)]
     listed = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=seeds)
-    assert seeds[0] == 5
     np.testing.assert_array_equal(numbered.tokens, listed.tokens)
     assert not np.array_equal(numbered.tokens, together.tokens)
 
@@ -201,7 +200,10 @@ def test_which_weights_read_prompts(lm, monkeypatch):
         layers is not None for _, layers in (lm.read_from(1, 999), experts.read_from(1, 128), experts.read_from(1, 129))
     ]
     assert sliced == [True, True, False]
+    apart = experts.sliced(1)
+    assert experts.sliced(1) is apart
     assert experts.read_from(25, 999)[1] is not None  # decoding of so many rows has its experts stacked
+    assert experts.sliced(1) is not apart  # of two layouts, each as large as the model, one is kept
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert lm.read_from(1, 16) == (lm.variables, None)
 
@@ -245,6 +247,7 @@ def test_stop_strings_end_the_text_and_the_tokens(lm):
     string = free.text[1][20:22]
     stopped = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=[1, 2, 3], stop=[string, "never there"])
     assert stopped.text[1] == free.text[1][: free.text[1].index(string)]
+    assert max(stopped.lengths) == 40
     length = stopped.lengths[1]
     assert string in lm.tokenizer.decode(free.tokens[1, :length].tolist())
     assert string not in lm.tokenizer.decode(free.tokens[1, : length - 1].tolist())
@@ -443,6 +446,7 @@ def test_the_context_may_be_filled_and_not_exceeded(lm):
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"prompts": ["a", "b"], "seed": [1]}, "1 seed given for 2 rows"),
         ({"prompts": "a", "seed": -1}, "must lie between 0"),
+        ({"prompts": "a", "seed": 2**32}, "must lie between 0"),
         ({"prompts": "a", "stop": ""}, "a stop string is empty"),
         ({"prompts": "a", "stop": [1.5]}, "stop=1.5 is neither a string nor a token id below 257"),
         ({"prompts": "a", "stop": [999]}, "stop=999 is neither"),

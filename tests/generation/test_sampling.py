@@ -27,6 +27,7 @@ LOGITS = np.log([0.5, 0.25, 0.15, 0.1]).tolist()
     ("options", "wanted"),
     [
         ({}, [True] * 4),
+        ({"top_k": 1}, [True, False, False, False]),
         ({"top_k": 2}, [True, True, False, False]),
         ({"top_k": 9}, [True] * 4),
         ({"top_p": 0.74}, [True, True, False, False]),
@@ -65,6 +66,8 @@ def test_equally_probable_tokens_stay_together():
 
 def test_what_reaches_p_is_the_whole_nucleus():
     assert nucleus_edge(jnp.asarray([[0.5, 0.25, 0.25]]), 0.5) == 0.5
+    # The most probable token is in it, even where rounding leaves less than 1 - p in all.
+    assert nucleus_edge(jnp.asarray([[0.5, 0.25]]), 0.125) == 0.5
 
 
 def test_the_nucleus_is_found_without_sorting():
@@ -105,6 +108,15 @@ def test_a_share_that_rounding_keeps_from_being_reached_is_of_the_last_with_mass
     assert _where_reached(jnp.asarray([[1.0, 2.0, 0.0]]), jnp.ones((1, 1))) == 1
 
 
+def test_a_sum_that_rounding_lets_grow_where_there_is_no_mass_draws_nothing_there():
+    masses = np.random.default_rng(0).exponential(size=(64, 393)).astype(np.float32)
+    masses[:, ::3] = 0.0
+    sums = jnp.cumsum(masses, axis=-1)
+    shares = (sums / sums[:, -1:]).reshape(-1, 1)  # just what is reached at each place
+    masses = jnp.repeat(masses, masses.shape[1], axis=0)
+    assert jnp.take_along_axis(masses, _where_reached(masses, shares)[:, None], axis=1).all()
+
+
 @pytest.mark.parametrize("masses", [[np.nan] * (BLOCK + 1), [0.0] * (BLOCK + 1)])
 def test_what_is_drawn_is_an_id_of_the_vocabulary_come_what_may(masses):
     assert drawn_of(masses, 8).shape == (BLOCK + 1,)
@@ -117,7 +129,8 @@ def test_the_first_largest_is_argmax():
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    tokens, logprobs = sample(jnp.array([[0.0, 3.0, 3.0]]), jax.random.split(jax.random.key(0), 1), Sampler(0.0))
+    logits = jnp.array([[0.0, 3.0, 3.0]], jnp.bfloat16)
+    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 1), Sampler(0.0))
     assert tokens.tolist() == [1]
     np.testing.assert_allclose(logprobs, jax.nn.log_softmax(jnp.array([0.0, 3.0, 3.0]))[1], rtol=1e-6)
 

@@ -10,6 +10,7 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
+from llmq_jax.generation.request import Request
 from llmq_jax.generation.speculative import accept
 
 GREEDY = lq.Sampler(temperature=0.0)
@@ -274,6 +275,12 @@ def test_bad_input(options, message):
         options = options | {"draft": dataclasses.replace(lm, tokenizer=Backwards())}
     with pytest.raises(BadInput, match=message):
         lq.generate(lm, PROMPTS, max_new_tokens=20, sampler=GREEDY, **options)
+
+
+def test_the_context_of_a_draft_may_be_filled():
+    config = CONFIGS["llama"]
+    draft = draw(dataclasses.replace(config, max_position_embeddings=28))
+    assert Request.create(draw(config), PROMPTS, 20, GREEDY, None, 0, draft).draft is not None
 
 
 def test_a_module_drafts_one_token():

@@ -434,6 +434,11 @@ def test_an_index_that_lies(sharded):
     weight_map = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={**weight_map, "transformer.h.7.ln_1.bias": weight_map["transformer.wte.weight"]})
     assert "transformer.h.7.ln_1.bias, which it does not" in refused(load, sharded)
+    shards = list(weight_map.values())
+    name, own = next((name, shard) for name, shard in weight_map.items() if shards.count(shard) > 1)
+    other = next(shard for shard in shards if shard != own)
+    edit_json(index, weight_map={**weight_map, name: other})
+    assert f"says that {other} holds {name}, which it does not" in refused(load, sharded)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": 1}}', b"\xff\xfe"])

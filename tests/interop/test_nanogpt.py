@@ -100,8 +100,10 @@ def checkpoint(folder, bias=True, compiled=False, sizes=None, **more):
     model(torch.tensor(TOKENS[:1] % sizes["vocab_size"]))[..., 0].mean().backward()
     optimizer.step()
     prefix = "_orig_mod." if compiled else ""
+    # Buffers, where PyTorch is too old for its own attention.
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(sizes["n_layer"])}
     content = {
-        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "model": {prefix + name: tensor for name, tensor in (model.state_dict() | masks).items()},
         "optimizer": optimizer.state_dict(),
         "model_args": {**sizes, "bias": bias, **more},
         "iter_num": 1,

@@ -158,12 +158,12 @@ def test_with_classifier_keeps_all_but_the_head(lm, classifier):
 
 
 def test_the_fresh_head_is_drawn_as_transformers_draws_it():
-    lm = language_model("llama", hidden_size=512, initializer_range=0.02)
+    lm = language_model("llama", hidden_size=512, initializer_range=0.05)
     narrow = lm.replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.variables))
     classifier = with_classifier(narrow, [f"class {i}" for i in range(100)])
     kernel = classifier.params["score"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
-    assert float(jnp.std(kernel.astype(jnp.float32))) == pytest.approx(0.02, rel=0.02)
+    assert float(jnp.std(kernel.astype(jnp.float32))) == pytest.approx(0.05, rel=0.02)
     logits = jax.eval_shape(classifier.model.apply, classifier.variables, np.ones((1, 3), np.int32))
     assert logits.dtype == jnp.float32
 

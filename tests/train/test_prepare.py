@@ -160,6 +160,7 @@ TEXT = list(b"plain text, of which all bytes are tokens")
 BAD_NANOGPT = {
     "tokenizer": (["--tokenizer", "gpt2"], TEXT, "train.bin does not begin with tokens as gpt2 makes them"),
     "vocabulary": ([], [300, 1], "train.bin does not begin with tokens as bytes makes them"),
+    "the second token": ([], [*b"a", 255, *b"bc"], "train.bin does not begin with tokens as bytes makes them"),
     "a late id": ([], [*TEXT * 50, 300], "the token id 300 is none of bytes's"),
     "fraction": (["--validation-fraction", 0.5], TEXT, "--validation-fraction has no effect beside made/val.bin"),
     "text": (["--validation-data", "one.txt"], TEXT, "--validation-data has no effect on nanoGPT's train.bin"),
