@@ -466,6 +466,18 @@ def test_all_kernels_that_add_to_the_stream_start_as_they_are_told(gated):
     assert not (moe["up_kernel"][0] == moe["up_kernel"][1]).any(), "each expert draws its own"
 
 
+def test_what_experts_say_of_themselves_goes_before_what_the_network_has():
+    """Whether they are gated and have biases, and their activation: of the shared ones too."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 6)), jnp.float32)
+    own = Experts(4, 2, num_shared=1, gated=False, bias=True, activation="relu")
+    said = MixtureOfExperts(own, 8, True, "silu", False, NORMAL, NORMAL)
+    inherited = dataclasses.replace(own, gated=None, bias=None, activation=None)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, drawn(said, x))
+    plain = MixtureOfExperts(inherited, 8, False, "relu", True, NORMAL, NORMAL)
+    assert jax.tree.structure(variables) == jax.tree.structure(drawn(plain, x))
+    np.testing.assert_array_equal(apply(said, variables, x)[0], apply(plain, variables, x)[0])
+
+
 def test_layers_are_counted_in_order():
     def block(*layers):
         return {"router": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
