@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.moe import Experts
@@ -96,6 +98,12 @@ def test_the_choice_says_what_keeps_auto_from_the_fused_kernel(monkeypatch):
     assert "masked; the fused kernel cannot run: it has no dropout" in half.attention_choice(training=True)
     whole = build(override(gpt2, attn_pdrop=0.0), dtype=jnp.bfloat16)
     assert whole.attention_choice(training=True) == "attention: fused"
+    capped = build(override(CONFIG, attn_logit_softcapping=50.0), dtype=jnp.bfloat16)
+    assert "masked elsewhere; the fused kernel cannot run: it has no softcap" in capped.attention_choice()
+    mesh = AbstractMesh((1, 1, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        shared = build(override(CONFIG, head_dim=8), dtype=jnp.bfloat16)
+        assert "tensor=2 divides 2, not 1" in shared.attention_choice()
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
