@@ -106,6 +106,24 @@ def test_the_choice_says_what_keeps_auto_from_the_fused_kernel(monkeypatch):
         assert "tensor=2 divides 2, not 1" in shared.attention_choice()
 
 
+def test_padding_on_the_right_alone_leaves_the_fused_kernel_without_a_mask(monkeypatch):
+    masked = []
+
+    def kernel(query, key, value, *, mask, **options):
+        masked.append(mask is not None)
+        return query
+
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    config = override(CONFIG, head_dim=8)
+    model, variables = build(config, dtype="bfloat16"), abstract_variables(config)
+    for told in ({"lengths": np.array([150, 9])}, {"segment_ids": np.ones_like(TOKENS)}):
+        jax.eval_shape(lambda v, told=told: model.apply(v, TOKENS, method="forward", **told).hidden, variables)
+        assert masked and set(masked) == {"segment_ids" in told}
+        masked.clear()
+
+
 @pytest.mark.parametrize("lookahead", [0, 2])
 def test_decoding_past_the_window_equals_the_whole_pass(variables, lookahead):
     """Prompts shorter and longer than the window, padded; then a piece of three and one token at a time."""
