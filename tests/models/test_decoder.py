@@ -174,6 +174,19 @@ def test_layers_differ_in_the_arguments_that_are_given_by_layer():
     assert found == [((SimpleNamespace(window=7, turns=True),), 1), (pattern, 2)]
 
 
+def test_frozen_layers_cut_the_group_that_they_end_in():
+    """Of twice a pattern of six and twice a pattern of one."""
+    model = build(override(CONFIG, num_hidden_layers=14, layer_types=None))
+    for layers, repeats in (
+        (0, {"group_0": 2, "group_1": 2}),
+        (6, {"group_0": 1, "group_0_upper": 1, "group_1": 2}),
+        (12, {"group_0": 2, "group_1": 2}),
+        (13, {"group_0": 2, "group_1": 1, "group_1_upper": 1}),
+    ):
+        groups = model.clone(frozen_layers=layers).groups()
+        assert {name: group.repeats for name, group in groups.items()} == repeats
+
+
 def test_padding_is_told_in_one_way(variables):
     with pytest.raises(BadInput, match="lengths and segment_ids both say what is padding"):
         build(CONFIG).apply(variables, TOKENS, None, np.ones_like(TOKENS), lengths=np.full(2, 9), method="forward")
