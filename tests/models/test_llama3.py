@@ -203,6 +203,7 @@ def test_where_dynamic_tanh_starts(model_type, width):
 
     scale, alphas = scalars()
     assert float(scale) == pytest.approx(width**0.5)
+    assert build(config).bind({}).token_embedding.scale is None, "Gemma's own factor beside the learned one"
     np.testing.assert_allclose(alphas["attention"], [before] * 2)
     np.testing.assert_allclose(alphas["mlp"], [elsewhere] * 2)
     np.testing.assert_allclose(alphas["final"], elsewhere)
