@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, attention, choose, query_blocks, reads_plainly, self_attention
 from llmq_jax.layers.axes import MESH_AXES
+from llmq_jax.layers.latent_attention import attend_to_latents
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
 from llmq_jax.models.decoder import segments_of
@@ -242,6 +243,17 @@ def test_lean_attention_in_bfloat16_is_about_as_near_as_the_formula():
         for ours, theirs, true in zip(gradients(lean, inputs), gradients(plain, inputs), exact, strict=True):
             assert ours.dtype == jnp.bfloat16
             assert jnp.abs(ours - true).mean() < 2 * jnp.abs(theirs - true).mean()
+
+
+def test_scores_of_arrays_in_bfloat16_are_not_rounded():
+    """To 8 bits, those of 100 would be off by a quarter."""
+    inputs, mask = [x.astype(jnp.bfloat16) for x in draw(3)], jnp.tril(jnp.ones((2, 11, 11), bool))
+    exact = attend(*(x.astype(jnp.float32) for x in inputs), mask, scale=3.0)
+    for found in (attend(*inputs, mask, scale=3.0), lean_attend(*inputs, mask, 3.0)):
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.04)
+    query, latents = inputs[0].swapaxes(1, 2), inputs[1][:, 0]
+    exact = attend_to_latents(query.astype(jnp.float32), latents.astype(jnp.float32), mask, 3.0)
+    np.testing.assert_allclose(attend_to_latents(query, latents, mask, 3.0).astype(jnp.float32), exact, atol=0.04)
 
 
 def test_dropout_keeps_the_mean_and_follows_its_key():

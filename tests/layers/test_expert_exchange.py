@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
+from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.expert_dispatch import Exchange, dispatch
+from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.expert_weights import ExpertWeights
 from llmq_jax.layers.recomputation import POLICIES
 
@@ -77,6 +79,19 @@ for name in ("blocks", "ragged", "grouped", "capacity"):
     # A device holds 2 of the 16 experts, and no array of all of them is ever formed.
     print(name, "all experts", len(re.findall(rf"f32\\[{EXPERTS},{WIDTH},2,{HIDDEN}\\]", program)))
     print(name, "own experts", len(re.findall(rf"f32\\[{EXPERTS // DEVICES},{WIDTH},2,{HIDDEN}\\]", program)) > 0)
+
+# A mesh that divides tokens, experts and hidden units; with biases and adapters.
+experts = experts.replace(
+    down_bias=normal(EXPERTS, WIDTH),
+    up_low_rank=(normal(EXPERTS, WIDTH, 3), normal(EXPERTS, 3, 2, HIDDEN)),
+    down_low_rank=(normal(EXPERTS, HIDDEN, 3), normal(EXPERTS, 3, WIDTH)),
+)
+expected = loss(lambda *inputs: dispatch(*inputs, activate, "dense")[0])(x, weights, experts)
+with jax.set_mesh(jax.make_mesh((2, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)):
+    found = loss(lambda *inputs: dispatch_on_mesh(*inputs, activate, "blocks")[0])(x, weights, experts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    one = partial(dispatch_on_mesh, activation=activate, implementation="capacity", capacity_factor=1.0)
+    print("dropped", jax.jit(one)(x, jnp.zeros((TOKENS, 1), jnp.int32), weights[:, :1], experts)[1])
 """
 
 
@@ -90,3 +105,4 @@ def test_experts_on_eight_devices():
         assert facts[f"{name} rooms kept"] == "True"
         assert facts[f"{name} all experts"] == "0"
         assert facts[f"{name} own experts"] == "True"
+    assert facts["dropped"] == "60"  # each half of the tokens, all for one expert, finds 2 = 32 / 16 slots

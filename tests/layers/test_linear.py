@@ -17,6 +17,7 @@ from llmq_jax.layers.linear import (
     Linear,
     by_output,
     flat_by_output,
+    rounded,
     side_by_side,
     times_transposed,
 )
@@ -100,6 +101,17 @@ def test_joined_kernels_are_one_array_and_each_layer_knows_its_rows():
     assert all(part.kernels is joined[0].kernels for part in joined) and joined[0].kernels.shape == (24, 6)
     for name, leaf in params.items():
         np.testing.assert_array_equal(flat_by_output(arranged[name]), leaf["kernel"].reshape(6, -1).T)
+
+
+def test_what_chooses_experts_is_not_rounded():
+    """Routers compute in float32 whatever the others do."""
+    tree = {name: {"kernel": jnp.ones((2, 3))} for name in ("router", "noise", "query")}
+    types = jax.tree.map(lambda leaf: leaf.dtype.name, rounded({"params": tree}, jnp.bfloat16, tied=False)["params"])
+    assert {name: leaf["kernel"] for name, leaf in types.items()} == {
+        "router": "float32",
+        "noise": "float32",
+        "query": "bfloat16",
+    }
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"width": 5}])

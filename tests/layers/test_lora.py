@@ -176,6 +176,17 @@ def test_decoding_has_the_adapters_too(base, name, monkeypatch):
         np.testing.assert_allclose(np.asarray(logits)[:, 0], expected[:, place], atol=3e-5, rtol=0)
 
 
+def test_adapters_are_merged_where_products_stay_in_float32(monkeypatch):
+    """Elsewhere what answers would be another policy than what learns."""
+    config = CONFIGS["llama"]
+    wide = drawn(config)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+    for dtype, exactly in ((None, (True, False)), ("float32", (True, False)), ("bfloat16", (False, False))):
+        assert tuple(build(config, dtype=dtype).merges_exactly(given) for given in (wide, narrow)) == exactly
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not build(config).merges_exactly(wide)
+
+
 LORA_OF_ONE, DORA_OF_ONE = LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")
 
 
@@ -456,6 +467,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
         ({"targets": ()}, "targets=() names no matrix"),
         ({"targets": "querry"}, "'querry' matches no matrix; there are all-linear, attention, mlp, attention/key"),
         ({"targets": "atention"}, "'atention' matches no matrix; did you mean attention?"),
+        ({"layers": ()}, "layers=() names no layer"),
         ({"layers": (3,)}, "layer 3 does not exist; the model has layers 0 to 2"),
         ({"rank": 25}, "rank=25 is above that of group_0/block_0/attention/key/kernel, a matrix of rank 12"),
         ({"dropout": 0.1, "targets": "moe/*"}, "dropout=0.1 does not act on stacked experts"),

@@ -189,7 +189,7 @@ def test_what_is_taken_where_none_is_said():
 
 @pytest.mark.parametrize("most", [5, 2**30])  # 2**30 times 100 ids is no 32-bit number
 def test_sorting_keeps_the_order_of_equals(most):
-    ids = np.random.default_rng(0).integers(0, 6, 100)
+    ids = np.random.default_rng(0).integers(0, 6, 100) * (most // 5)
     order, inverse = _sorted(jnp.asarray(ids), most)
     np.testing.assert_array_equal(order, np.argsort(ids, stable=True))
     np.testing.assert_array_equal(order[inverse], np.arange(100))
@@ -433,6 +433,10 @@ def test_noise_acts_in_training_alone_and_its_size_is_learned():
     noisy, _ = apply(layer, variables, x, key=jax.random.key(1))
     assert np.abs(np.asarray(noisy) - still).max() > 1e-2
     assert np.abs(grad(variables["params"], jax.random.key(1))["noise"]["kernel"]).max() > 0
+    # A size is softplus(x W), which is 0 where that is far below 0.
+    quiet = {"params": {**variables["params"], "noise": {"kernel": jnp.full((6, 8), -99.0)}}}
+    found, expected = (apply(layer, quiet, jnp.abs(x), key=key)[0] for key in (jax.random.key(1), None))
+    np.testing.assert_allclose(found, expected, **CLOSE)
 
 
 def test_shared_experts_see_every_token_at_a_learned_weight():
@@ -454,16 +458,32 @@ def test_shared_experts_see_every_token_at_a_learned_weight():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_all_kernels_that_add_to_the_stream_start_as_they_are_told(gated):
-    """Those of the routed experts, of the shared ones, and of the network whose place they take."""
+    """Those of routed experts, of shared ones and of the network whose place they take: by the matrix of one expert."""
+
+    def fan_in(key, shape, dtype=jnp.float32):
+        return jnp.full(shape, shape[0], dtype)
+
     x = jnp.ones((1, 3, 6))
-    kind = (8, gated, "silu", False, NORMAL, nn.initializers.ones)
+    kind = (8, gated, "silu", False, NORMAL, fan_in)
     moe = drawn(MixtureOfExperts(Experts(4, 2, num_shared=1), *kind), x)["params"]
-    mlp = drawn(MLP(8, "silu", NORMAL, nn.initializers.ones, gated=gated), x)["params"]
+    mlp = drawn(MLP(8, "silu", NORMAL, fan_in, gated=gated), x)["params"]
     for kernel in (moe["down_kernel"], moe["shared"]["down"]["kernel"], mlp["down"]["kernel"]):
-        assert (kernel == 1).all()
+        assert (kernel == 8).all()
     assert {name for name in mlp if name != "down"} == ({"gate", "up"} if gated else {"up"})
-    assert not any((mlp[name]["kernel"] == 1).any() for name in mlp if name != "down")
+    assert not any((mlp[name]["kernel"] == 8).any() for name in mlp if name != "down")
     assert not (moe["up_kernel"][0] == moe["up_kernel"][1]).any(), "each expert draws its own"
+
+
+def test_what_experts_say_of_themselves_goes_before_what_the_network_has():
+    """Whether they are gated and have biases, and their activation: of the shared ones too."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 6)), jnp.float32)
+    own = Experts(4, 2, num_shared=1, gated=False, bias=True, activation="relu")
+    said = MixtureOfExperts(own, 8, True, "silu", False, NORMAL, NORMAL)
+    inherited = dataclasses.replace(own, gated=None, bias=None, activation=None)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, drawn(said, x))
+    plain = MixtureOfExperts(inherited, 8, False, "relu", True, NORMAL, NORMAL)
+    assert jax.tree.structure(variables) == jax.tree.structure(drawn(plain, x))
+    np.testing.assert_array_equal(apply(said, variables, x)[0], apply(plain, variables, x)[0])
 
 
 def test_layers_are_counted_in_order():

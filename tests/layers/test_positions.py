@@ -268,3 +268,8 @@ def test_heads_too_narrow():
         with pytest.raises(BadInput, match=f"rope_type '{rope_type}' needs heads of 4 features, not 2"):
             rope_from({"rope_type": rope_type, **PARAMETERS[rope_type]}, 2, 128)
     rope_from(LLAMA3, 2, 128)
+
+
+def test_heads_too_wide():
+    with pytest.raises(BadInput, match="heads of 65,538 features are not supported; the widest are 65,536"):
+        rope_from({}, 2**16 + 2, 128)

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.moe import Experts
@@ -96,6 +98,30 @@ def test_the_choice_says_what_keeps_auto_from_the_fused_kernel(monkeypatch):
     assert "masked; the fused kernel cannot run: it has no dropout" in half.attention_choice(training=True)
     whole = build(override(gpt2, attn_pdrop=0.0), dtype=jnp.bfloat16)
     assert whole.attention_choice(training=True) == "attention: fused"
+    capped = build(override(CONFIG, attn_logit_softcapping=50.0), dtype=jnp.bfloat16)
+    assert "masked elsewhere; the fused kernel cannot run: it has no softcap" in capped.attention_choice()
+    mesh = AbstractMesh((1, 1, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        shared = build(override(CONFIG, head_dim=8), dtype=jnp.bfloat16)
+        assert "tensor=2 divides 2, not 1" in shared.attention_choice()
+
+
+def test_padding_on_the_right_alone_leaves_the_fused_kernel_without_a_mask(monkeypatch):
+    masked = []
+
+    def kernel(query, key, value, *, mask, **options):
+        masked.append(mask is not None)
+        return query
+
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    config = override(CONFIG, head_dim=8)
+    model, variables = build(config, dtype="bfloat16"), abstract_variables(config)
+    for told in ({"lengths": np.array([150, 9])}, {"segment_ids": np.ones_like(TOKENS)}):
+        jax.eval_shape(lambda v, told=told: model.apply(v, TOKENS, method="forward", **told).hidden, variables)
+        assert masked and set(masked) == {"segment_ids" in told}
+        masked.clear()
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
@@ -146,6 +172,19 @@ def test_layers_differ_in_the_arguments_that_are_given_by_layer():
     experts = {"experts": Experts(first_layer=1), "turns": True}
     pattern = (SimpleNamespace(window=7, **experts), SimpleNamespace(**experts))
     assert found == [((SimpleNamespace(window=7, turns=True),), 1), (pattern, 2)]
+
+
+def test_frozen_layers_cut_the_group_that_they_end_in():
+    """Of twice a pattern of six and twice a pattern of one."""
+    model = build(override(CONFIG, num_hidden_layers=14, layer_types=None))
+    for layers, repeats in (
+        (0, {"group_0": 2, "group_1": 2}),
+        (6, {"group_0": 1, "group_0_upper": 1, "group_1": 2}),
+        (12, {"group_0": 2, "group_1": 2}),
+        (13, {"group_0": 2, "group_1": 1, "group_1_upper": 1}),
+    ):
+        groups = model.clone(frozen_layers=layers).groups()
+        assert {name: group.repeats for name, group in groups.items()} == repeats
 
 
 def test_padding_is_told_in_one_way(variables):

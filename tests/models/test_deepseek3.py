@@ -224,14 +224,14 @@ def test_absorbed_decoding_equals_the_expanded_pass(case, arrange):
 
 
 def test_a_row_s_padding_is_not_written(case):
-    """Prompts padded on the left, then one piece."""
+    """Prompts padded on the left and on the right, where positions begin again, then one piece."""
     model, variables, whole, _ = case
-    real = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
+    real = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
     tokens = np.stack([np.append([0, 0, 0], TOKENS[0, :5]), TOKENS[1, :8]]).astype(np.int32)
     caches = model.create_caches(2, 14, jnp.float32)
     caches = prefill(model, variables, tokens, real.astype(np.int32), caches).caches
     outside, layers = model.slice_layers(variables)
-    positions = np.array([[5], [8]]) + np.arange(4)
+    positions = np.array([[5], [6]]) + np.arange(4)
     rows = np.arange(2)[:, None]
     hidden, _ = decode(model, outside, layers, TOKENS[rows, positions], positions, model.slice_caches(caches))
     np.testing.assert_allclose(hidden, whole.hidden[rows, positions], atol=1e-4)

@@ -105,7 +105,7 @@ def test_labels_are_a_field_like_others(lm, classifier):
 
 def test_the_last_token_of_a_row_is_found_wherever_the_padding_is():
     hidden = jnp.arange(24.0).reshape(3, 4, 2)
-    segments = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
+    segments = np.array([[1, 2, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]])
     np.testing.assert_array_equal(last_hidden(hidden, jnp.asarray(segments)), hidden[[0, 1, 2], [1, 3, 0]])
     np.testing.assert_array_equal(last_hidden(hidden), hidden[:, -1])
 

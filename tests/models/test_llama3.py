@@ -7,7 +7,7 @@ import pytest
 
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.norms import ALPHA_INIT, alpha_init
-from llmq_jax.models import Llama3Config, abstract_variables, build, init, override, preset
+from llmq_jax.models import Gemma2Config, Llama3Config, abstract_variables, build, init, override, preset
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.training.roles import roles
 from tests.models.compiled import apply, decode
@@ -182,12 +182,16 @@ def test_norms_by_name(base, norm, names):
         assert roles(params)["embedding_scale"] == {"scale": "norm"}
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma"])
 @pytest.mark.parametrize("width", [768, 2048, 4096])
 def test_where_dynamic_tanh_starts(model_type, width):
     """By width, before attention and elsewhere; embeddings grow by the root of the width."""
     heads = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": width, "norm": "dyt", "vocab_size": 5}
-    config = Llama3Config(**heads, intermediate_size=8) if model_type == "llama" else GPT2Config(**heads)
+    config = {
+        "gpt2": GPT2Config(**heads),
+        "llama": Llama3Config(**heads, intermediate_size=8),
+        "gemma": Gemma2Config(**heads, intermediate_size=8, layer_types=["full_attention"] * 2),
+    }[model_type]
     before, elsewhere = ALPHA_INIT[max(width, 1024)]
 
     @jax.jit  # which leaves out what is not asked for: the other parameters
@@ -199,6 +203,7 @@ def test_where_dynamic_tanh_starts(model_type, width):
 
     scale, alphas = scalars()
     assert float(scale) == pytest.approx(width**0.5)
+    assert build(config).bind({}).token_embedding.scale is None, "Gemma's own factor beside the learned one"
     np.testing.assert_allclose(alphas["attention"], [before] * 2)
     np.testing.assert_allclose(alphas["mlp"], [elsewhere] * 2)
     np.testing.assert_allclose(alphas["final"], elsewhere)

@@ -139,6 +139,18 @@ def test_micro_batches_add_up(loss_type):
         assert float(combine(part[name] for part in found)) == pytest.approx(float(value), abs=1e-6), name
 
 
+def test_the_policy_alone_learns():
+    """Also from what it gave itself: the old log-probabilities of the first step, a reference that is the policy."""
+    answers = some_answers()
+
+    def loss(policy, old, reference):
+        others = {"logprobs": policy, "old_logprobs": old, "reference_logprobs": reference}
+        return grpo_loss(**{**answers, **others}, beta=0.3)[0]
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*list(answers.values())[:3])
+    assert [bool(gradient.any()) for gradient in gradients] == [True, False, False]
+
+
 def test_what_does_not_count_is_not_read():
     answers = some_answers()
     hole = jnp.where(answers["mask"] > 0, 0.0, jnp.nan)
@@ -382,10 +394,11 @@ def test_accumulation_does_not_change_the_step():
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), *results)
 
 
-def test_evaluation_is_the_mean_over_all_answers():
+@pytest.mark.parametrize("loss_type", ["gspo", "dapo"])
+def test_evaluation_is_the_mean_over_all_answers(loss_type):
     """However the batches are cut; of gspo the loss is one of answers, the distance from the reference of tokens."""
     model, variables = made(DENSE)
-    objective = GRPO(model, loss_type="gspo", beta=0.3)
+    objective = GRPO(model, loss_type=loss_type, beta=0.3)
     batch, step = a_batch(6, reference=True), make_eval_step(objective)
     whole = evaluate(step, variables, [batch])
     loss, metrics = run(objective, variables, batch)

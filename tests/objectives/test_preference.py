@@ -177,9 +177,11 @@ def test_accumulation_and_rows_that_do_not_count_change_nothing(lm):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
     padded = {name: np.concatenate([array, array[:2]]) for name, array in batch.items()}
-    padded["mask"][4:] = 0
-    eval_step = make_eval_step(objective)
-    expected, found = (evaluate(eval_step, variables, [some]) for some in (batch, padded))
-    assert found == pytest.approx(expected, rel=1e-5)
+    for name in ("mask", "response_mask"):  # rows without an answer, of which there is no mean
+        padded[name][4:] = 0
+    for options in ({"loss_type": "ipo"}, {}):
+        eval_step = make_eval_step(DPO(model, **options))
+        expected, found = (evaluate(eval_step, variables, [some]) for some in (batch, padded))
+        assert found == pytest.approx(expected, rel=1e-5)
     halves = [{name: array[start : start + 2] for name, array in batch.items()} for start in (0, 2)]
     assert evaluate(eval_step, variables, halves) == pytest.approx(expected, rel=1e-5)

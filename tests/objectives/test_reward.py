@@ -148,6 +148,7 @@ def test_equal_rewards_count_one_half():
     batch |= {**same, "mask": batch["mask"].at[1:].set(0)}
     _, metrics = loss_of(RewardModel(model), variables, batch)
     assert float(metrics["accuracy"]) == 0.5 and float(metrics["margin"]) == 0
+    assert metrics["min_reward"] == metrics["max_reward"]  # those of other pairs, which do not count, are none
 
 
 def test_sequence_rewards():

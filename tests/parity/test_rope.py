@@ -33,6 +33,8 @@ CASES = {
     "yarn, mscale": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8},
     "yarn, equal mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     "yarn, one mscale": YARN | {"mscale": 2.0},
+    "yarn, ramp beyond the last pair": YARN | {"original_max_position_embeddings": 131_072},
+    "yarn, ramp of no length at the first pair": YARN | {"original_max_position_embeddings": 6},
     "yarn, ramp of no length": YARN | {"beta_fast": 4.0, "beta_slow": 4.0, "truncate": False},
     "longrope": {"rope_type": "longrope", **TRAINED, **FACTORS},
     "longrope, attention_factor": {"rope_type": "longrope", **TRAINED, **FACTORS, "attention_factor": 1.2},

@@ -107,6 +107,12 @@ def test_a_parameter_is_divided_by_what_divides_it():
     )
 
 
+def test_a_matrix_that_no_table_lists():
+    """As a layer of one's own may have."""
+    with pytest.raises(BadInput, match=r"block_0/own/kernel has no named dimensions; give 'own' some in .*\.MODULES"):
+        dimensions(("group_0", "block_0", "own", KERNEL))
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
