@@ -9,7 +9,7 @@ TEST := $(VENV)/.test-installed
 # Two workers, of which one takes over from the other what it has not begun.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-golden fuzz bench lint clean
+.PHONY: demo test test-all test-golden test-oldest fuzz bench lint clean
 
 ## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 3 minutes)
 demo: $(CORE)
@@ -31,6 +31,14 @@ test-golden:
 	$(VENV)-golden/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test-golden]'
 	$(VENV)-golden/bin/python -m pytest -n 2 tests/parity/test_golden_*.py
 
+## test-oldest: the suite with the oldest versions that pyproject.toml allows, which uv finds and pip cannot
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
+		-e '.[test,test-peers]' 'pytablewriter>=1'  # for which lm_eval asks in any version
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive"
+
 ## fuzz: every reader of files against 10,000 damaged inputs (`make test` tries 300)
 fuzz: $(TEST)
 	FUZZ_INPUTS=10000 $(BIN)/python -m pytest -n 2 tests/fuzz
@@ -46,7 +54,7 @@ lint: $(TEST)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-golden .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-golden $(VENV)-oldest .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -41,6 +41,7 @@ NOT_RUN = {
     "make test-all": "is this suite",
     "make lint": "a step of its own in .ci/run",
     "make test-golden PYTHON=python3.14": "installs packages for another Python",
+    "make test-oldest": "installs other versions of all packages",
     "make fuzz": "10,000 inputs; tests/fuzz tries 300",
     "xprof --port 8791 runs/mine/profile": "serves pages, from a package of its own",
 }

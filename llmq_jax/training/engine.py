@@ -348,7 +348,9 @@ class _Loop:
     def read_all(self, but: int = 0) -> None:
         """Read the steps that were handed over, but for the newest ones."""
         while len(self.unread) > but:
-            self.read(self.unread.pop(0))
+            (first, *others), self.unread = self.unread, []  # nothing is recorded after a step that failed
+            self.read(first)
+            self.unread = others
 
     def read_before_leaving(self) -> None:
         """After an error: record the steps that were handed over before it."""

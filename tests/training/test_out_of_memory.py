@@ -51,7 +51,9 @@ def out_of_python(x):
         (out_of_python, "Unable to allocate 2.98 GiB for an array"),
     ],
 )
-def test_a_step_without_memory_ends_the_run_in_a_line(fails, said, tmp_path):
+@pytest.mark.parametrize("under_way", [True, False])
+def test_a_step_without_memory_ends_the_run_in_a_line(fails, said, under_way, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "is_under_way", lambda result: under_way)
     folder = tmp_path / "run"
     with pytest.raises(OutOfMemory) as error:
         engine.run(

@@ -41,14 +41,15 @@ def test_these_steps_are_traced_and_nothing_else_changes(whole, tmp_path):
 
 def test_a_run_that_goes_on_traces_what_is_left_of_them(whole, tmp_path):
     folder = tmp_path / "run"
-    for last, traced in ((6, [[4, 5, 6]]), (8, [[4, 5, 6], [7, 8]])):  # closed where the run ended
+    for last, traced in ((6, [4, 5, 6]), (8, [7, 8])):  # closed where the run ended
         with pytest.raises(StoppedBySignal):
             stop = Batches(lambda step, last=last: os.kill(os.getpid(), signal.SIGTERM) if step == last else None)
             quiet(folder, stop, replace(OPTIONS, profile="4:10"))
-        assert traced_steps(folder) == traced
+        assert traced_steps(folder) == [traced]
+        (folder / "profile").rename(tmp_path / f"profile-{last}")  # JAX names a trace by its second
     _, said = quiet(folder, options=replace(OPTIONS, profile="2:6"))
     assert "no profile: steps 2:6 were before the run was resumed" in said
-    assert traced_steps(folder) == traced
+    assert not (folder / "profile").exists()
     assert_same_run(whole, folder)
 
 
