@@ -6,6 +6,7 @@ tyro draws its error messages as boxes of several lines, which `one_line` reads.
 import dataclasses
 import itertools
 import re
+import textwrap
 import typing
 
 from llmq_jax.errors import BadInput
@@ -85,8 +86,10 @@ def one_line(box: str, options: type, arguments: list[str], program: str) -> str
         places = [words for name, words in WITHOUT_NAME.items() if name in fields]
         begins = [index for index, argument in enumerate(arguments) if f"{match[1]} ".startswith(f"{argument} ")]
         before = arguments[: max(begins, default=0)]
-        names = [index for index, argument in enumerate(before) if argument.startswith("-")]
-        hints = [f"it follows {' '.join(before[names[-1] :])}"] if names else places and [", ".join(places)]
+        names = [index for index, argument in enumerate(before) if argument.startswith("--")]
+        hints = [", ".join(places)] if places and not match[1].startswith("-") else []
+        if names:  # a text may be long
+            hints = [f"it follows {textwrap.shorten(' '.join(before[names[-1] :]), 60, placeholder=' ...')}"]
         return f"no option takes {match[1]!r}: {'; '.join([*hints, see])}"
     return f"{text}: {see}"
 

@@ -267,10 +267,11 @@ class Loop:
         """[B, C]: log-probabilities of the answers' tokens under the policy that drew them, as they were drawn. Where
         several updates are bounded, and 16 bits or TF32 round otherwise in drawing than in learning, they are those of
         learning: else the ratio would leave narrow bounds before the policy moves."""
-        variables = as_read(state.variables)
-        if self.iterations == 1 or self.objective.model.merges_exactly(variables):
+        if self.iterations == 1:
             return rollout.logprobs
-        return self.logprobs(variables, rollout)
+        variables = as_read(state.variables)
+        exactly = self.objective.model.merges_exactly(variables)  # as adapters are, where products are in float32
+        return rollout.logprobs if exactly else self.logprobs(variables, rollout)
 
     def reference_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """[B, C]: log-probabilities of the answers' tokens under the reference."""
