@@ -77,43 +77,20 @@ def write_adapter(
 
     everywhere = [site._replace(module=named(site.module)) for site in sites_of(config)]
     sites = [site for site in everywhere if site.placement.path[1:] in found]
-    homeless = found.keys() - {site.placement.path[1:] for site in sites}
-    if homeless:
-        raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
+    _refuse_what_peft_lacks(sites, found)
     # PEFT's TinyLoRA has no parameters, which experts are: with those, it is written as the LoRA that it equals.
     tiny = any(NUMBERS in trained for trained, _ in found.values()) and not any(site.is_parameter for site in sites)
-    for site in sites:
-        trained, fixed = found[site.placement.path[1:]]
-        if site.is_parameter and (MAGNITUDE in trained or DROPOUT in fixed):
-            raise BadInput(
-                f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
-            )
-        if site.module == "score":
-            raise BadInput("PEFT has no adapter at score, a classifier's head; merge it (lq.merge) and save the model")
     in_short = everywhere if prefix == ALONE else None
     tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, in_short)
-    if config.labels is not None:
-        score = np.asarray(variables["params"]["score"]["kernel"])
-        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
     whole = {name: named(module_name(config, name)) for name in variables[LORA_FIXED].get(WHOLE, {})}
-    if config.labels is None and EMBEDDING in whole and LM_HEAD not in variables["params"]:
-        # PEFT takes a copy of the embedding for a copy of it alone, so a tied head is written too.
-        whole[LM_HEAD] = module_name(config, LM_HEAD)
-    adapted = {site.module for site in sites}
-    for name, module in whole.items():
-        has_own = name == LM_HEAD and LM_HEAD in variables["params"]
-        matrix = variables["params"][LM_HEAD]["kernel"].T if has_own else variables["params"][EMBEDDING]["embedding"]
-        # PEFT puts no adapter on a copy: a head with an adapter is saved as the adapter's base layer.
-        inner = ".base_layer" if module in adapted else ""
-        tensors[f"{PREFIX}{module}{inner}.weight"] = np.ascontiguousarray(matrix, np.float32)
-    saved = [module for module in whole.values() if module not in adapted]
-    saved += ["score"] if config.labels is not None else []
+    whole_tensors, saved = _whole(variables, config, whole, {site.module for site in sites})
+    tensors |= whole_tensors
     values |= _named_base(base) | {
         "task_type": "CAUSAL_LM" if config.labels is None else "SEQ_CLS",
         "bias": "none",
         "fan_in_fan_out": any(site.placement.transform is in_out for site in sites),
         "inference_mode": True,
-        "modules_to_save": [module.split(".")[-1] for module in saved] or None,
+        "modules_to_save": saved or None,
         "layers_to_transform": None,
         "peft_version": PEFT_VERSION,
     }
@@ -133,6 +110,45 @@ def write_adapter(
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, partial / CARD)
     return folder
+
+
+def _refuse_what_peft_lacks(sites: list[Site], found: Mapping[tuple[str, ...], Any]) -> None:
+    """BadInput where an adapter stands, or is of a kind, that PEFT has none of."""
+    homeless = found.keys() - {site.placement.path[1:] for site in sites}
+    if homeless:
+        raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
+    for site in sites:
+        trained, fixed = found[site.placement.path[1:]]
+        if site.is_parameter and (MAGNITUDE in trained or DROPOUT in fixed):
+            raise BadInput(
+                f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
+            )
+        if site.module == "score":
+            raise BadInput("PEFT has no adapter at score, a classifier's head; merge it (lq.merge) and save the model")
+
+
+def _whole(
+    variables: dict[str, Any], config: Any, modules: Mapping[str, str], adapted: set[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(tensors, the config's `modules_to_save`) of what is written whole: a classifier's head, and of embedding and
+    language-model head those in `modules`, by PEFT's names for them. `adapted` are the modules with adapters."""
+    params = variables["params"]
+    if config.labels is None and EMBEDDING in modules and LM_HEAD not in params:
+        # PEFT takes a copy of the embedding for a copy of it alone, so a tied head is written too.
+        modules = {**modules, LM_HEAD: module_name(config, LM_HEAD)}
+    tensors: dict[str, np.ndarray] = {}
+    for name, module in modules.items():
+        has_own = name == LM_HEAD and LM_HEAD in params
+        matrix = params[LM_HEAD]["kernel"].T if has_own else params[EMBEDDING]["embedding"]
+        # PEFT puts no adapter on a copy: a head with an adapter is saved as the adapter's base layer.
+        inner = ".base_layer" if module in adapted else ""
+        tensors[f"{PREFIX}{module}{inner}.weight"] = np.ascontiguousarray(matrix, np.float32)
+    saved = [module.split(".")[-1] for module in modules.values() if module not in adapted]
+    if config.labels is not None:
+        score = np.asarray(params["score"]["kernel"])
+        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
+        saved.append("score")
+    return tensors, saved
 
 
 def _prefix_in(base: str, config: Any) -> str:
