@@ -12,8 +12,8 @@ CHEAP = frozenset(
     (
         *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos"),
         *("custom_vjp_call", "div", "erf", "expand_dims", "gather", "integer_pow", "logistic", "max", "min", "mul"),
-        *("neg", "pad", "reshape", "rev", "rsqrt", "select_n", "sign", "sin", "slice", "split", "sqrt", "square"),
-        *("squeeze", "sub", "tanh", "transpose"),
+        *("neg", "one_minus_square", "pad", "reshape", "rev", "rsqrt", "select_n", "sign", "sin", "slice", "split"),
+        *("sqrt", "square", "squeeze", "sub", "tanh", "transpose"),
     )
 )
 

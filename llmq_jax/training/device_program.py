@@ -25,10 +25,11 @@ from llmq_jax.training.partitioner import (
     Partitioner,
     Spec,
     Value,
+    constants_and_carry,
     size_of,
 )
 
-CALLS = ("jit", "custom_vjp_call", "custom_jvp_call", "remat2", "checkpoint", "closed_call")
+CALLS = ("jit", "custom_vjp_call", "custom_jvp_call", "remat2", "checkpoint", "closed_call", "eval_jaxpr")
 LOOPS = ("scan", "while", "cond", "shard_map")
 # Operations that read their operands from memory, ...
 IN_MEMORY = (
@@ -239,5 +240,6 @@ def operands_written_over(op: Operation, last: Mapping[Value, Operation]) -> dic
 def carried(op: Operation) -> list[Value]:
     """The values that a loop carries, and overwrites."""
     if op.name == "scan":
-        return op.inputs[op.params["num_consts"] :][: op.params["num_carry"]]
+        constants, count = constants_and_carry(op)
+        return op.inputs[constants:][:count]
     return op.inputs[op.params["cond_nconsts"] + op.params["body_nconsts"] :] if op.name == "while" else []

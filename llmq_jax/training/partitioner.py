@@ -325,7 +325,8 @@ class Partitioner:
     # Loops, and programs of one device.
 
     def rule_scan(self, op: Operation) -> None:
-        body, consts, count = op.params["jaxpr"].jaxpr, op.params["num_consts"], op.params["num_carry"]
+        body = op.params["jaxpr"].jaxpr
+        consts, count = constants_and_carry(op)
         outside = self.rounds, self.backward
         self.rounds, self.backward = self.rounds * op.params["length"], self.backward or op.params["reverse"]
         for v in op.inputs[consts + count :]:
@@ -409,6 +410,17 @@ class Partitioner:
         self.element_by_element(op)
         names = op.params["axis_name"]
         self.send("all-to-all of tokens", (names,) if isinstance(names, str) else names, size_of(op.inputs[0].aval))
+
+
+def constants_and_carry(scan: Operation) -> tuple[int, int]:
+    """How many of a loop's operands are constants, and how many of those after them it carries. Names of parameters
+    differ among versions of JAX: what is iterated over, or stacked, has one dimension fewer inside."""
+    body = scan.params["jaxpr"].jaxpr
+    operands, results = (
+        sum(len(o.aval.shape) == len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
+        for outside, inside in ((scan.inputs, body.invars), (scan.outputs, body.outvars))
+    )
+    return operands - results, results
 
 
 def spec_of(partition: PartitionSpec, rank: int, sizes: Mapping[str, int]) -> Spec:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import llmq_jax as lq
 from bench import gpu
@@ -38,6 +39,9 @@ def h100(monkeypatch):
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91002)
     monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda least: True)
+    kind = AbstractDevice(H100.device_kind, num_cores=None, platform=H100.platform)  # what Pallas makes a kernel for
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        yield
 
 
 def calls_of(lowered):

@@ -200,8 +200,10 @@ def loops(config, **options):
     found = {}
     for equation in jax.make_jaxpr(gradient)(variables["params"]).jaxpr.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] == config.num_hidden_layers:
-            stacked = [v.aval.update(shape=v.aval.shape[1:]) for v in equation.outvars[equation.params["num_carry"] :]]
-            names = re.findall(r"= (scan|while)\[", str(equation.params["jaxpr"]))
+            body = equation.params["jaxpr"]
+            results = zip(equation.outvars, body.jaxpr.outvars, strict=True)
+            stacked = [inner.aval for v, inner in results if len(v.aval.shape) > len(inner.aval.shape)]
+            names = re.findall(r"= (scan|while)\[", str(body))
             found[equation.params["reverse"]] = stacked, names
     return found[False], found[True]
 
