@@ -40,9 +40,6 @@ from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.whole_folders import whole_folder
 
-SAVED, SAVED_STEP = "checkpoints", "00000000"
-"""What `save` writes: a run's folder with nothing but the checkpoint of step 0."""
-
 
 def load(
     path: str | os.PathLike[str], layout: str = "hf", config: Any = None, dtype: Any = None, mesh: Any = None
@@ -150,10 +147,13 @@ def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> 
 
 def free_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """A folder that `save` may write. BadInput: it is not empty, or with `overwrite` not what `save` wrote."""
+    from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
+
     folder = Path(folder).expanduser()
-    check_target(folder, overwrite, SAVED, (SAVED,))
-    if (folder / SAVED).exists():
-        check_target(folder / SAVED, overwrite, SAVED_STEP, (SAVED_STEP,))
+    step = Checkpoints(folder / CHECKPOINTS).path(0)  # `save` writes this checkpoint and nothing else
+    check_target(folder, overwrite, CHECKPOINTS, (CHECKPOINTS,))
+    if step.parent.exists():
+        check_target(step.parent, overwrite, step.name, (step.name,))
     return folder
 
 
@@ -163,13 +163,13 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str], *, overwrite: bool =
     It must not exist or be empty; `overwrite=True` replaces one that holds nothing but what an earlier `save` wrote.
     Else it is BadInput. It appears complete or not at all.
     """
-    from llmq_jax.training.checkpoints import Checkpoints
+    from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
 
     require_model(lm)
     folder = free_folder(folder, overwrite)
     files = TextFiles(lm.tokenizer, lm.generation)
     with whole_folder(folder.resolve()) as partial:
-        checkpoints = Checkpoints(partial / SAVED)
+        checkpoints = Checkpoints(partial / CHECKPOINTS)
         checkpoints.save(0, {"variables": lm.variables}, model_config=lm.config, tokenizer=files)
     return folder
 

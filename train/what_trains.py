@@ -138,7 +138,7 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     from llmq_jax.layers.fresh_adapters import add_adapters
     from llmq_jax.models import parameter_count
     from llmq_jax.models.deepseek3 import MTP
-    from llmq_jax.models.heads import SCORE
+    from llmq_jax.models.heads import LM_HEAD, SCORE
     from llmq_jax.training.parts import FROZEN, PARAMS, freeze, freeze_all_but, train_adapters
 
     model, variables = lm.model, lm.variables
@@ -166,7 +166,7 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
         numbers += parameter_count(variables[PARAMS]) if PARAMS in trainable else 0
     else:
         blocks = 0 if options.train == "head" else 1 if options.blocks is None else options.blocks
-        head = SCORE if classifier else "lm_head"
+        head = SCORE if classifier else LM_HEAD
         if options.train == "head" and head not in variables[PARAMS]:
             raise BadInput("--train head: this model's head is its embedding; choose blocks, lora or all")
         model, variables = freeze_all_but(model, variables, blocks, (head,))

@@ -119,10 +119,10 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
 
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
     """`Run.judge`, as the checkpoints say; without any, the reward or else the validation loss if it was measured."""
-    from llmq_jax.training.checkpoints import Checkpoints
+    from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
     from llmq_jax.training.plots import curve, is_rewarded
 
-    if (found := Checkpoints(folder / "checkpoints").judged_by()) is not None:
+    if (found := Checkpoints(folder / CHECKPOINTS).judged_by()) is not None:
         return found
     if is_rewarded(records):
         return "reward", "highest"

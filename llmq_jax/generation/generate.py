@@ -108,7 +108,7 @@ def stream(
     return _pieces(request)
 
 
-def _pieces(request: "Request") -> Iterator[str]:
+def _pieces(request: Request) -> Iterator[str]:
     row, shown = RowText(request, 0), 0
     state, finished = request.start(), False
     try:

@@ -277,7 +277,7 @@ class Request:
         )
         return advanced
 
-    def stop_at_strings(self, state: DecodeState, texts: Sequence["RowText"]) -> DecodeState:
+    def stop_at_strings(self, state: DecodeState, texts: Sequence[RowText]) -> DecodeState:
         """Mark the rows whose text holds a stop string as done, and cut them after the token that completed it."""
         tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
         lengths, done = lengths.copy(), done.copy()
@@ -303,7 +303,7 @@ class Request:
         if self.prompt_cache is not None:
             self.prompt_cache.keep(self.lm, self.only_prompt, state)
 
-    def finish(self, state: DecodeState, texts: Sequence["RowText"] = ()) -> Generation:
+    def finish(self, state: DecodeState, texts: Sequence[RowText] = ()) -> Generation:
         """What was generated; `texts` are those of all rows where these were read for stop strings."""
         self.remember(state)
         tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))

@@ -88,18 +88,19 @@ def attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    formula: Callable[..., Array] | None = None,
     **others: Any,
 ) -> tuple[Float[Array, "B T N V"], Any]:
     """What a block calls: attention to the sequence itself and to the tokens in its cache. Returns (mixed values,
     cache).
 
     `others` are passed to `attend` unchanged: further inputs of a formula of yours, such as a learned sink. With
-    `formula=` a function of yours runs in place of `attend`, on the same arguments. "plain" alone supports either, so
+    `formula` a function of yours runs in place of `attend`, on the same arguments. "plain" alone supports either, so
     "auto" becomes "plain"; BadInput if another implementation is named, or if a keyword looks like a misspelling of an
     existing argument.
     """
-    if others.get("formula", attend) is None:  # the default of a field
-        del others["formula"]
+    if formula is not None:
+        others["formula"] = formula
     if others:
         _refuse_misspelt(others)
         if context.implementation not in ("auto", "plain"):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.expert_weights import WEIGHTS, Activation, ExpertWeights, through_adapter
@@ -140,7 +141,7 @@ def _blocks_backward(
 ) -> tuple[Array, ExpertWeights, None]:
     padded, preactivations, experts, count, plan, learns = saved
     longest = lengths[-1]
-    grad = jnp.zeros_like(padded) if _is_zero(grad) else jnp.pad(grad, ((0, longest), (0, 0)))
+    grad = jnp.zeros_like(padded) if isinstance(grad, SymbolicZero) else jnp.pad(grad, ((0, longest), (0, 0)))
     options: dict[str, Any] = {"activation": activation, "learns": tuple(learns), "longest": longest}
     by_length = [partial(_block_gradients, length=n, **options) for n in lengths]
 
@@ -199,10 +200,6 @@ def _block_gradients(
 
 
 in_blocks.defvjp(_blocks_forward, _blocks_backward, symbolic_zeros=True)
-
-
-def _is_zero(grad: Any) -> bool:
-    return isinstance(grad, jax.custom_derivatives.SymbolicZero)
 
 
 def _cut(x: Float[Array, "A D"], start: Int[Array, ""], size: int) -> Float[Array, "size D"]:

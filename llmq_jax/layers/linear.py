@@ -86,7 +86,7 @@ class Linear(nn.Module):
     def times_kernel(self, x: Float[Array, "*batch D"], features: tuple[int, ...]) -> Float[Array, "M ..."]:
         """x W, whichever layout of W the parameters hold."""
         params = self.variables.get("params", {})
-        if holds_by_output(params):
+        if {KERNEL_BY_OUTPUT, JOINED_KERNELS} & params.keys():  # as from `by_output`
             return _by_rows(x, flat_by_output(params), self.dtype)
         # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
         width = x.shape[-1]
@@ -209,11 +209,6 @@ def by_output(variables: dict[str, Any]) -> dict[str, Any]:
                 del tree[name][KERNEL_BY_OUTPUT]
                 tree[name][JOINED_KERNELS] = JoinedKernels(joined, names, start, end)
     return tree
-
-
-def holds_by_output(params: Mapping[str, Any]) -> bool:
-    """Whether a `Linear`'s parameters come from `by_output`."""
-    return KERNEL_BY_OUTPUT in params or JOINED_KERNELS in params
 
 
 def each_own_kernel(params: Any) -> list[Array]:

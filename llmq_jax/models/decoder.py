@@ -382,12 +382,12 @@ class Decoder(nn.Module):
         self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), passed through
-        `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices,
-        `measured`. BadInput for variables that a training step has consumed.
+        `arrange`. Adapters are merged first where that rounds nothing away (`computes_in_float32`), else they stay
+        beside the matrices, `measured`. BadInput for variables that a training step has consumed.
         """
         refuse_consumed(variables)
         variables = spread(variables)
-        if self.merges_exactly(variables):
+        if self.computes_in_float32(variables):
             variables = merge(variables)  # in whole groups: a few large products instead of several per layer
         groups = {group for (group, _), _ in self.all_layer_paths()}
         outside = {
@@ -401,10 +401,10 @@ class Decoder(nn.Module):
         return prepared(outside), slice_modules(variables, self.layer_paths(), prepared)
 
     @nn.nowrap
-    def merges_exactly(self, variables: Mapping[str, Any]) -> bool:
-        """Whether products with W + s A B are those with W and with A B, but for float32's rounding. Where W or its
-        products are in 16 bits, and in TF32, which float32 is on a GPU, merging would round a small update away, and
-        what answers would be another policy than what learns."""
+    def computes_in_float32(self, variables: Mapping[str, Any]) -> bool:
+        """Whether weights and products are in float32, which a GPU rounds to TF32. In fewer bits drawing rounds
+        otherwise than learning, and merging, to W + s A B, rounds a small update away: what answers would not be the
+        policy that learns."""
         types = {np.dtype(self.compute_dtype(variables)), weight_type(jax.tree.leaves(variables["params"]))}
         return types == {np.dtype(np.float32)} and jax.default_backend() == "cpu"
 

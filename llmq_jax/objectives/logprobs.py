@@ -78,7 +78,7 @@ def logprobs_and_counts(
     if lengths is not None:
         counted *= segments_of(lengths, tokens.shape[1])
     rows = output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:]
-    (logprobs,) = _measured(model, variables, *rows, temperature, (_of_target,))
+    (logprobs,) = _measured(model, variables, *rows, temperature, (at_targets,))
     return logprobs, output.counts
 
 
@@ -115,7 +115,7 @@ def completion_logprobs(
         output = _after_prompts(model, variables, prompts, prompt_lengths, before, counted, group_size)
         hidden = output.hidden
     targets = jnp.take_along_axis(tokens, places, axis=1)
-    measures = (_of_target, _entropy) if entropies else (_of_target,)
+    measures = (at_targets, _entropy) if entropies else (at_targets,)
     return *_measured(model, variables, hidden, targets, counted, temperature, measures), output.counts
 
 
@@ -157,7 +157,7 @@ def greedy_logprobs(
     are padded on the right to `lengths`.
     """
     hidden = _forward(model, variables, tokens, lengths).hidden[rows]
-    measures = (_of_target, _is_likeliest)
+    measures = (at_targets, _is_likeliest)
     logprobs, greedy = _measured(model, variables, hidden, targets, mask.astype(jnp.float32), 1.0, measures)
     return logprobs, greedy > 0
 
@@ -231,10 +231,6 @@ def _chunks_backward(
 
 
 _in_chunks.defvjp(_chunks_forward, _chunks_backward, symbolic_zeros=True)
-
-
-def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
-    return at_targets(logprobs, targets)
 
 
 def _entropy(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:

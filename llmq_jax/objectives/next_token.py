@@ -64,9 +64,5 @@ def head_loss(
     mask: Float[Array, "B T"],
 ) -> Float[Array, ""]:
     """Sum over tokens of mask · (-log p(target)), by the model's head."""
-    return chunked_cross_entropy(partial(_unembed, model), model.head_variables(variables), hidden, targets, mask)
-
-
-def _unembed(model: Decoder, head: dict[str, Any], hidden: Array) -> Array:
-    logits: Array = model.apply(head, hidden, method="unembed")
-    return logits
+    unembed = partial(model.apply, method="unembed")
+    return chunked_cross_entropy(unembed, model.head_variables(variables), hidden, targets, mask)

@@ -53,6 +53,8 @@ from llmq_jax.training.processes import first, of_first, share, together, wait_f
 JudgedBy = tuple[str, Literal["lowest", "highest"]]
 """The validation metric that tells how good a step is, and which of its values is best."""
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints, in that of the run."""
 VERSION = 3
 CONFIG, TOKENIZER, INFO = "config.json", "tokenizer", "checkpoint.json"
 SAVING, DELETING, DAMAGED = ".saving-", ".deleting-", "damaged-"
@@ -307,7 +309,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
     path = Path(path)
     if (path / INFO).is_file():
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         checkpoints = Checkpoints(folder)
         if (step := checkpoints.latest_step()) is not None and (checkpoints.path(step) / INFO).is_file():
             return checkpoints.path(step)

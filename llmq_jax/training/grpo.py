@@ -270,8 +270,8 @@ class Loop:
         if self.iterations == 1:
             return rollout.logprobs
         variables = as_read(state.variables)
-        exactly = self.objective.model.merges_exactly(variables)  # as adapters are, where products are in float32
-        return rollout.logprobs if exactly else self.logprobs(variables, rollout)
+        rounds_alike = self.objective.model.computes_in_float32(variables)
+        return rollout.logprobs if rounds_alike else self.logprobs(variables, rollout)
 
     def reference_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """[B, C]: log-probabilities of the answers' tokens under the reference."""

@@ -12,6 +12,7 @@ import jax
 
 from llmq_jax.counts import counted
 from llmq_jax.training.progress import clock
+from llmq_jax.training.run_folder import LOCK
 from llmq_jax.training.time_spent import time_text
 
 
@@ -81,7 +82,7 @@ def report_text(result: RunResult, folder: Path | None, further: str = "", next_
         losses.append(f"validation loss {result.validation_loss:z.4f}{best}")
     lines += [", ".join(losses)] if losses else []
     if folder is not None:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "run.lock")
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != LOCK)
         shown = [f"{name}/" if (folder / name).is_dir() else name for name in names]
         lines.append(f"files in {folder}: {', '.join(shown)}")
     lines += [further] if further else []

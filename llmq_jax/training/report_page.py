@@ -15,7 +15,7 @@ from typing import Any
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, no_such_path
-from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
@@ -87,7 +87,7 @@ def report_page(folder: Path) -> str:
         *_curves(records),
         *_samples(folder / SAMPLES),
         *_times((finished or {}).get("time")),
-        *_checkpoints(Checkpoints(folder / "checkpoints"), records),
+        *_checkpoints(Checkpoints(folder / CHECKPOINTS), records),
         _section("Options", _options(config)),
     ]
     title = html.escape(name)

@@ -27,6 +27,7 @@ import jax
 from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
+from llmq_jax.training.checkpoints import CHECKPOINTS
 from llmq_jax.training.metrics import METRICS, SAMPLES
 from llmq_jax.training.processes import first, same, share, together
 from llmq_jax.training.trackers import WANDB_ID
@@ -132,7 +133,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def mark_finished(self, report: dict[str, Any]) -> None:
         """Write `finished.json`, whole or not at all."""
@@ -185,7 +186,7 @@ class RunFolder:
 def has_trained(folder: Path) -> bool:
     """Whether anything that a step left is there. Nothing is where a run failed before: at a reward that raises, or for
     want of memory. It is begun again with an option or a file mended."""
-    if (folder / FINISHED).exists() or any((folder / "checkpoints").glob("*")):
+    if (folder / FINISHED).exists() or any((folder / CHECKPOINTS).glob("*")):
         return True
     if (folder / SAMPLES).is_file() and (folder / SAMPLES).stat().st_size > 0:
         return True

@@ -166,7 +166,7 @@ def test_decoding_has_the_adapters_too(base, name, monkeypatch):
     adapted = moved(add_adapters(variables, model.layer_paths(), VARIANTS[name]))
     expected = np.asarray(apply(model, adapted))
     assert not any("lora" in layer for layer in model.slice_layers(adapted)[1])
-    monkeypatch.setattr(type(model), "merges_exactly", lambda model, variables: False)
+    monkeypatch.setattr(type(model), "computes_in_float32", lambda model, variables: False)
     outside, layers = model.slice_layers(adapted, lambda tree: by_expert(by_output(tree)))
     assert any("lora" in layer for layer in layers)
     assert ("'ratio'" in str(jax.tree.structure(layers))) == (name == "dora")  # no pass measures columns again
@@ -182,9 +182,9 @@ def test_adapters_are_merged_where_products_stay_in_float32(monkeypatch):
     wide = drawn(config)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
     for dtype, exactly in ((None, (True, False)), ("float32", (True, False)), ("bfloat16", (False, False))):
-        assert tuple(build(config, dtype=dtype).merges_exactly(given) for given in (wide, narrow)) == exactly
+        assert tuple(build(config, dtype=dtype).computes_in_float32(given) for given in (wide, narrow)) == exactly
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not build(config).merges_exactly(wide)
+    assert not build(config).computes_in_float32(wide)
 
 
 LORA_OF_ONE, DORA_OF_ONE = LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")
