@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         init,
         preset,
     )
+    from llmq_jax.new_tokens import add_tokens
     from llmq_jax.weight_transfer import with_config
 
 _HOME = {
@@ -76,6 +77,7 @@ _HOME = {
     "LoRA": "layers.lora",
     "PromptCache": "generation",
     "Sampler": "generation",
+    "add_tokens": "new_tokens",
     "build": "models",
     "generate": "generation",
     "init": "models",
@@ -125,6 +127,7 @@ __all__ = [
     "Qwen3Config",
     "Qwen3MoeConfig",
     "Sampler",
+    "add_tokens",
     "build",
     "data",
     "generate",

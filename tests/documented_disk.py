@@ -132,6 +132,7 @@ def write_models(disk: Path) -> None:
     plain, chat = ByteTokenizer(), chat_tokenizer(disk / "chat-tokenizer")
     for name, kind, fields, tokenizer in (
         ("gpt2", lq.GPT2Config, {**GPT2, "max_position_embeddings": 2 * LENGTH}, plain),
+        ("gpt2-chat", lq.GPT2Config, {**GPT2, "max_position_embeddings": 2 * LENGTH}, chat),
         ("HuggingFaceTB/SmolLM2-135M", lq.Llama3Config, LLAMA, plain),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", lq.Llama3Config, LLAMA, chat),
         ("MODEL", lq.Llama3Config, LLAMA, chat),

@@ -32,6 +32,7 @@ CALLS = {
     lq.init: "config, seed=0",
     lq.lora: "lm",
     lq.merge: "lm",
+    lq.add_tokens: "lm, tokens, *, special=True",
     lq.load_adapter: "lm, folder",
     lq.save_adapter: "lm, folder",
     lq.interop.from_state_dict: "state, config, layout='hf'",

@@ -39,7 +39,18 @@ def lm():
 
 
 @pytest.mark.parametrize(
-    "function", ["lora", "merge", "load_adapter", "save", "save_hf", "save_adapter", "with_classifier", "with_config"]
+    "function",
+    [
+        "lora",
+        "merge",
+        "load_adapter",
+        "save",
+        "save_hf",
+        "save_adapter",
+        "with_classifier",
+        "with_config",
+        "add_tokens",
+    ],
 )
 def test_a_name_where_a_model_is_wanted_is_told_how_to_load_it(function, tmp_path):
     arguments = () if function in ("lora", "merge") else (tmp_path / "new",)

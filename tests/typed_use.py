@@ -53,6 +53,7 @@ def language_model() -> None:
 
 
 def adapters(lm: lq.LanguageModel) -> None:
+    assert_type(lq.add_tokens(lm, ["<think>"], special=False), lq.LanguageModel)
     learner = lq.lora(lm, rank=16, targets="attention")
     assert_type(learner, lq.LanguageModel)
     assert_type(lq.lora(lm, lq.LoRA(variant="dora"), seed=1), lq.LanguageModel)

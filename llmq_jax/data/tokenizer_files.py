@@ -1,6 +1,7 @@
 """The files of a tokenizer as Hugging Face folders have them: a `tokenizer.json` and files that accompany it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +129,23 @@ class TokenizerFiles:
             named = {"default": source, "tool_use": tool_use}
             config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
         if before is not None or tool_use is not None:
+            contents["tokenizer_config.json"] = json_file(config)
+        return TokenizerFiles(contents, self.source)
+
+    def with_tokens(self, tokens: Sequence[str], special: bool) -> "TokenizerFiles":
+        """The files with these tokens added; themselves where nothing changes. One that was added before stays as it is
+        or, if it is to be `special`, becomes so."""
+        tokenizer = hf_tokenizers.Tokenizer.from_buffer(self.contents["tokenizer.json"])
+        there = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        new = [there.get(token, token) for token in tokens if token not in there or special > there[token].special]
+        if not new:
+            return self
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(new)
+        content, config = tokenizer.to_str(pretty=True).encode(), self.config()
+        contents = self.contents | {"tokenizer.json": content}
+        if isinstance(listed := config.get("added_tokens_decoder"), dict):  # transformers lets it overrule the other
+            added = {str(token.pop("id")): token for token in parse_json(content)["added_tokens"]}
+            listed |= {number: token for number, token in added.items() if token["content"] in tokens}
             contents["tokenizer_config.json"] = json_file(config)
         return TokenizerFiles(contents, self.source)
 

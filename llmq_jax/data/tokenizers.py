@@ -152,6 +152,25 @@ class Tokenizer(ABC):
         )
         return self.with_chat_template(template.with_variables(ours), tool_use.with_variables(theirs))
 
+    def with_tokens(self, tokens: str | Iterable[str], *, special: bool = True) -> "Tokenizer":
+        """The tokenizer with these tokens too, numbered after its own. One that it has already keeps its id.
+
+        special: they are found in text only with `allow_special`, as in what a chat template writes; otherwise in any
+        text. A token that is special stays so. BadInput: a token is no text, empty or there twice.
+        """
+        if not isinstance(tokens, Iterable):
+            raise BadInput(f'tokens={tokens!r:.60} must be the texts of the tokens, as ("<think>", "</think>")')
+        tokens = [tokens] if isinstance(tokens, str) else list(tokens)
+        for place, token in enumerate(tokens):
+            if not isinstance(token, str) or not token:
+                raise BadInput(f"tokens[{place}] is {token!r:.60}; a token is a text that is not empty")
+            _utf8(token)
+            if token in tokens[:place]:
+                raise BadInput(f"tokens[{place}] is {token!r}, which is there twice; give it once")
+        files = TokenizerFiles(self.files(), self.name)
+        more = files.with_tokens(tokens, special)
+        return self if more is files else FileTokenizer.from_files(more.contents, self.name)
+
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer that holds every id: uint16 up to 65,536 tokens, else uint32."""
