@@ -59,7 +59,7 @@ ANSWER_TOKENS = 256
 # transformers' default.
 TOP_K = 50
 # Arguments of transformers' generation that tasks give, with the values that change nothing.
-NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
 # The marker that transformers uses: chat templates get to see it.
 END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -358,16 +358,18 @@ def _continuations(
 def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
     """The sampler that transformers would use, given these arguments and the model's `generation_config.json`."""
     drawn, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
-    filters: dict[str, Any] = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
+    filters: dict[str, Any] = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     for values in (generation.other, given):
         filters |= {name: values[name] for name in filters if values.get(name) is not None}
     for name, value in given.items():
         if name not in filters and NEUTRAL.get(name) != value:
             raise BadInput(
                 f"a task's generation_kwargs have {name}={value!r}, which is not supported; known are until, "
-                "max_gen_toks, do_sample, temperature, top_k, top_p and min_p"
+                "max_gen_toks, do_sample, temperature, top_k, top_p, min_p and repetition_penalty"
             )
-    return Sampler(temperature, **filters) if drawn and temperature else Sampler(temperature=0.0)
+    if not drawn or not temperature:
+        return Sampler(0.0, repetition_penalty=filters["repetition_penalty"])
+    return Sampler(temperature, **filters)
 
 
 def _conversation(template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
