@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmq_jax.data.batching import pad
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows, power_of_two
 from llmq_jax.data.tokenizer_files import TokenizerFiles
-from llmq_jax.errors import BadInput, close_names
+from llmq_jax.errors import BadInput, PythonAdvice, close_names
 from llmq_jax.generation import Sampler, generate, row_seed
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
@@ -86,7 +87,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if loaded is not None and dtype is not None:
             raise BadInput(f"dtype={dtype!r} has no effect on a model that is loaded; give it to lq.load")
         self.source = str(model) if loaded is None else "this model"
-        self.lm = load(self.source, dtype=dtype) if loaded is None else loaded
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PythonAdvice)  # on a penalty on repetition, which is applied here
+            self.lm = load(self.source, dtype=dtype) if loaded is None else loaded
         self.lm.require_language_model(self.source)
         self.tokenizer = self.lm.require_tokenizer(self.source)
         longest = self.lm.config.max_position_embeddings
