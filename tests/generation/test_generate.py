@@ -73,10 +73,11 @@ def test_a_penalty_on_repetition_is_each_row_s_own_and_not_in_the_log_probabilit
 
 
 def test_only_a_sampler_that_remembers_has_a_state_of_what_was_seen(lm):
-    """Of all others the programs stay as they are without it."""
-    for penalty, shape in ((1.0, None), (1.1, (1, 257))):
-        state = Request.create(lm, PROMPTS[:1], 4, lq.Sampler(repetition_penalty=penalty), (), 0).start()
-        assert getattr(state.seen, "shape", None) == shape
+    """Each row's prompt, without padding, and its new token. Of other samplers the programs are as without it."""
+    assert Request.create(lm, PROMPTS, 4, lq.Sampler(), (), 0).start().seen is None
+    state = Request.create(lm, PROMPTS, 4, lq.Sampler(repetition_penalty=1.1), (), 0).start()
+    for row, prompt in enumerate(PROMPTS):
+        assert set(np.flatnonzero(state.seen[row])) == {*lm.tokenizer.encode(prompt), int(state.tokens[row, 0])}
 
 
 def test_what_decodes_on_a_gpu(monkeypatch):
