@@ -30,7 +30,7 @@ from typing import Any, Literal, NoReturn
 import tyro
 
 from llmq_jax.atomic_files import full_disk
-from llmq_jax.errors import BAD_INPUT, BadInput, did_you_mean
+from llmq_jax.errors import BAD_INPUT, BadInput, PythonAdvice, did_you_mean
 from llmq_jax.option_parser import FILE, HELP, join_texts, options_of_file, parse, values_by_field
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -60,6 +60,7 @@ def run(
     program = program or _program_name()
     _open_streams()
     warnings.formatwarning = _warning
+    warnings.simplefilter("ignore", PythonAdvice)
     of_file: dict[str, list[str]] = {}
     try:
         try:

@@ -61,9 +61,13 @@ def no_such_path(name: str | Path) -> str:
     return f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def warn(message: str) -> None:
+class PythonAdvice(UserWarning):
+    """A warning whose advice is for programs: commands leave it out, and where it concerns them give their own."""
+
+
+def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
     """A warning at the user's own line: the newest one that is not of this package."""
     package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

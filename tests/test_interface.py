@@ -19,7 +19,7 @@ CALLS = {
     lq.save_hf: "lm, folder, dtype=None",
     lq.generate: f"lm, prompts, {DRAWN}",
     lq.stream: f"lm, prompt, {DRAWN}",
-    lq.Sampler: "temperature=1.0, top_k=0, top_p=1.0, min_p=0.0",
+    lq.Sampler: "temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0",
     lq.LanguageModel: "config, model, variables, tokenizer=None",
     lq.LanguageModel.replace: "self",
     lq.LanguageModel.logits: f"self, {ROWS}",

@@ -48,6 +48,7 @@ from train.what_trains import FineTuningOptions, TuningOptions, check_what_train
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
+FILTERS = ("top_k", "top_p", "repetition_penalty")
 SHOWN = ("reward", "reward_std")
 
 
@@ -113,6 +114,9 @@ class AlgorithmOptions:
     """Sample from this many likeliest tokens only; 0: from all."""
     top_p: float = 1.0
     """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
+    repetition_penalty: Annotated[float | None, default_is("1")] = None
+    """Make tokens that the prompt or the answer holds less likely to be sampled (above 1) or likelier (below 1); 1:
+    neither."""
     iterations: int = 1
     """mu, optimizer updates on the answers of a step (the inner loop; --steps-per-iteration is the outer)."""
     scale: Literal["group", "batch", "none"] = "group"
@@ -239,7 +243,7 @@ def main(options: Options) -> Any:
         score,
         group_size=options.group_size,
         max_new_tokens=options.max_new_tokens,
-        sampler=Sampler(options.temperature, options.top_k, options.top_p),
+        sampler=Sampler(options.temperature, **filters(options)),
         scale=options.scale,
         iterations=options.iterations,
         steps_per_iteration=options.steps_per_iteration,
@@ -343,10 +347,10 @@ def check(options: Options) -> None:
             f"--accumulate is {options.accumulate} and must divide the {rows} rows of a step (--prompts-per-step times "
             "--group-size)"
         )
-    names_of_both = ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio", "entropy_coefficient", "top_k", "top_p")
-    with named_as_options(*names_of_both, loss_type="loss"):
+    names_of_loss = ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio", "entropy_coefficient")
+    with named_as_options(*names_of_loss, *FILTERS, loss_type="loss"):
         LossOptions(**loss_options(options))
-        Sampler(top_k=options.top_k, top_p=options.top_p)
+        Sampler(**filters(options))
     if options.reward is not None and not names(options.reward):
         raise BadInput("--reward names no reward; leave it out for answer")
     if options.step_separator == "":
@@ -406,6 +410,11 @@ def loss_options(options: Options) -> dict[str, Any]:
         **{name: getattr(options, name) for name in ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio")},
         "entropy_coefficient": options.entropy_coefficient,
     }
+
+
+def filters(options: Options) -> dict[str, Any]:
+    """Those of the sampler's fields that the options give, beside the temperature, which the loss has too."""
+    return {name: value for name in FILTERS if (value := getattr(options, name)) is not None}
 
 
 def with_longest_prompt(options: Options, config: Any) -> Options:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.options import Positional, Repeated, default_is, named_as_options, option_name, refuse_idle, with_breaks
 
 SEEDS = 2**32
@@ -25,6 +25,8 @@ class SamplingOptions:
     """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
     min_p: float = 0.0
     """Leave out tokens that are less likely than this times the likeliest one; 0: none."""
+    repetition_penalty: Annotated[float | None, default_is("1")] = None
+    """Make tokens that the prompt or the new text holds less likely (above 1) or likelier (below 1); 1: neither."""
     stop: Repeated = ()
     r"""Stop before this text appears, in which \n is a line break, \t a tab and \\ a backslash; may be given several
     times."""
@@ -78,13 +80,19 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
         import llmq_jax as lq
 
         top_p = (TOP_P if self.temperature else 1.0) if self.top_p is None else self.top_p
-        with named_as_options("temperature", "top_k", "top_p", "min_p"):
-            sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=top_p, min_p=self.min_p)
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        with named_as_options("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            sampler = lq.Sampler(self.temperature, self.top_k, top_p, self.min_p, penalty)
         # Most files are in bfloat16. On a CPU float32, because every CPU is fast in it, and because bfloat16 rounds.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         lm = self.load_model(self.model, dtype)
         lm.require_language_model(self.model)
         lm.require_tokenizer(self.model)
+        if self.repetition_penalty is None and (asked := lm.generation.repetition_penalty) != 1.0:
+            warn(
+                f"{self.model}: its generation config asks for repetition_penalty={asked!r:.60}, which is not applied; "
+                f"give --repetition-penalty {asked!r:.60}"
+            )
         if variables := self.chat_variables():
             lm.require_chat_template(self.model)
             lm = lm.replace(tokenizer=lm.tokenizer.with_chat_variables(variables))

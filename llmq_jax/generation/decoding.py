@@ -9,7 +9,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Int
 
-from llmq_jax.generation.sampling import Sampler, sample
+from llmq_jax.generation.sampling import Sampler, marked, sample
 from llmq_jax.layers.axes import axis_sizes, constrain, replicated
 from llmq_jax.models.decoder import Decoder, Output
 
@@ -34,6 +34,8 @@ class DecodeState(struct.PyTreeNode):
     keys: jax.Array
     """Random keys [B]."""
     caches: tuple[Any, ...]
+    seen: jax.Array | None
+    """bool [B, V]: which tokens the prompt and the new text hold; None for a sampler that does not ask."""
 
 
 State = TypeVar("State", bound=DecodeState)
@@ -61,11 +63,12 @@ def prefill(
     layers: Layers | None = None,
     held: Caches = (),
     start: jax.Array | int = 0,
+    seen: jax.Array | None = None,
 ) -> tuple[DecodeState, Output | None]:
     """Read the prompts [P, T] into caches of `length` slots, with room for `new_tokens`, and draw the first token of
     each row; `samples` neighbouring rows, B in all, continue each prompt. With `layers`, these are the variables of
     each layer, and `variables` those outside. The prompts' first `start` tokens are not given: they are in the caches
-    `held`.
+    `held`. `seen` is that of the state, of the whole prompts [P, V].
 
     `lookahead` is the number of tokens that may be rolled back. If it is above 0, the model's output for the prompts is
     returned with the state: a draft may read it.
@@ -74,8 +77,8 @@ def prefill(
     output, caches = read_prompts(model, variables, layers, prompts, prompt_lengths, length, lookahead, held, start)
     last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     if samples > 1:
-        last, prompt_lengths, caches = jax.tree.map(
-            lambda leaf: jnp.repeat(leaf, samples, axis=0), (last, prompt_lengths, caches)
+        last, prompt_lengths, caches, seen = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, samples, axis=0), (last, prompt_lengths, caches, seen)
         )
         caches = divided(caches)
     state = DecodeState(
@@ -88,6 +91,7 @@ def prefill(
         newest=jnp.zeros(batch, jnp.int32),
         keys=jax.vmap(jax.random.key)(seeds),
         caches=caches,
+        seen=None if seen is None else constrain(seen, "batch", None),
     )
     logits = model.apply(variables, last, method="unembed")
     read = output.replace(caches=None, counts=None) if lookahead else None
@@ -164,7 +168,7 @@ def advance(
 def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens: tuple[int, ...]) -> DecodeState:
     """Draw the next token of every row that is not done."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    drawn, logprobs = sample(logits, keys, sampler)
+    drawn, logprobs = sample(logits, keys, sampler, state.seen)
     live = ~state.done
     ended = is_end(drawn, end_tokens)
 
@@ -182,6 +186,7 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
         done=state.done | ended,
         positions=jnp.where(live, state.positions + 1, state.positions),
         newest=jnp.where(live, drawn, state.newest),
+        seen=None if state.seen is None else marked(state.seen, drawn),
     )
 
 

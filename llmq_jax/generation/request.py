@@ -243,9 +243,20 @@ class Request:
             lookahead=0 if self.draft is None else self.draft.count + 1,
             samples=self.samples,
             layers=layers,
+            seen=self._seen,
             **held,
         )
         return read
+
+    @property
+    def _seen(self) -> np.ndarray | None:
+        """bool [P, V]: the tokens of each prompt, also where a cache holds its beginning; None if nothing asks."""
+        if not self.sampler.remembers:
+            return None
+        seen = np.zeros((len(self.prompts), self.lm.config.vocab_size), bool)
+        for row, prompt, length in zip(seen, self.prompts, self.prompt_lengths, strict=True):
+            row[prompt[:length]] = True
+        return seen
 
     @property
     def _batch(self) -> int:

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, then top-k, then top-p, then min-p, in transformers' order."""
+"""From logits to a token: penalty on repetition, then temperature, top-k, top-p and min-p, in transformers' order."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.defaults import TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
@@ -33,6 +33,9 @@ class Sampler:
     """Keep the fewest most probable tokens whose probabilities reach p (nucleus, arXiv:1904.09751); 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least min_p times as probable as the most probable one (arXiv:2407.01082); 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Of tokens that the prompt or the new text holds, positive logits are divided by it and negative ones multiplied
+    (CTRL, arXiv:1909.05858), before the temperature and also at 0; below 1 they become likelier."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -42,11 +45,22 @@ class Sampler:
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or positive"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be between 0 and 1"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "must be positive; 1 changes nothing"),
         ):
             if not allowed:
                 raise BadInput(f"{name}={getattr(self, name)!r} {rule}")
         if self.temperature == 0.0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
             raise BadInput("top_k, top_p and min_p have no effect at temperature 0; drop them or raise the temperature")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the next token depends on which tokens the text holds already."""
+        return self.repetition_penalty != 1.0
+
+    def penalise(self, logits: Float[Array, "*batch V"], seen: Bool[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+        """The logits under the penalty on repetition; `seen` are the tokens that the text before holds."""
+        penalised = jnp.where(logits < 0.0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+        return jnp.where(seen, penalised, logits)
 
     def filter(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The logits at the sampler's temperature, with -inf in place of every token that may not be drawn. Override it
@@ -93,15 +107,25 @@ def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Arra
     return jnp.minimum(edge, probabilities.max(axis=-1, keepdims=True))  # The most probable token always stays.
 
 
-def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """(token, its log-probability) per row, each row with a random key of its own.
+def marked(seen: Bool[Array, "B V"], tokens: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """Which tokens each row has seen, after one more."""
+    return seen | jax.nn.one_hot(tokens, seen.shape[-1], dtype=bool)
 
-    The log-probability is taken at the temperature, before top-k, top-p and min-p (at temperature 0: at 1), so that a
-    policy's own log-probabilities can be compared with it.
+
+def sample(
+    logits: Float[Array, "B V"], keys: Array, sampler: Sampler, seen: Bool[Array, "B V"] | None = None
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """(token, its log-probability) per row, each row with a random key of its own. `seen` are the tokens that each
+    row's text holds, for a sampler that remembers.
+
+    The log-probability is taken at the temperature (at temperature 0: at 1), without the penalty on repetition and
+    before top-k, top-p and min-p, so that a policy's own log-probabilities can be compared with it.
     """
     logits = logits.astype(jnp.float32)
     scaled = logits / (sampler.temperature or 1.0)
     largest = scaled.max(axis=-1, keepdims=True)
+    if seen is not None:
+        logits = sampler.penalise(logits, seen)
     if sampler.temperature == 0.0:
         tokens = first_largest(logits)
     else:

@@ -24,7 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.generation.decoding import DecodeState, Layers, divided, in_order, is_end, read_prompts, readable
-from llmq_jax.generation.sampling import Sampler, draw, first_largest, sample
+from llmq_jax.generation.sampling import Sampler, draw, first_largest, marked, sample
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.models.deepseek3 import DeepSeek3
 
@@ -207,9 +207,14 @@ def advance_by_drafts(
 
     def one_pass(state: SpeculativeState) -> SpeculativeState:
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+        seen = [] if state.seen is None else [state.seen]  # before each draft, and after the last
 
         def draw(logits: Array, index: int) -> Array:
-            return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampler)[0]
+            own_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            draft = sample(logits, own_keys, sampler, seen[-1] if seen else None)[0]
+            if seen:
+                seen.append(marked(seen[-1], draft))
+            return draft
 
         begun: Any  # a state of this draft
         drafts, draft_logits, begun = draft.propose(draft_variables, state.draft, state.positions, draw)
@@ -217,7 +222,8 @@ def advance_by_drafts(
         places = state.positions[:, None] + index
         output = model.decode(outside, layers, read, places, state.caches)
         logits = model.apply(outside, output.hidden, method="unembed")
-        tokens, accepted = accept(logits, drafts, draft_logits, keys, sampler)
+        before = jnp.stack(seen, axis=1) if seen else None
+        tokens, accepted = accept(logits, drafts, draft_logits, keys, sampler, before)
         live = ~state.done
         kept = _kept(tokens, accepted, end_tokens) & (index < (limit - state.lengths)[:, None]) & live[:, None]
         gained = kept.sum(axis=1)
@@ -240,11 +246,15 @@ def accept(
     draft_logits: Float[Array, "B K V"],
     keys: Array,
     sampler: Sampler,
+    seen: Bool[Array, "B K1 V"] | None = None,
 ) -> tuple[Int[Array, "B K1"], Int[Array, " B"]]:
     """(the drafts that are accepted and, after them, one token of the model's own; how many are accepted).
 
-    `logits` are the model's after the newest token and after each draft. Later entries of a row mean nothing.
+    `logits` are the model's after the newest token and after each draft, `seen` the tokens of the text up to there.
+    Later entries of a row mean nothing.
     """
+    if seen is not None:
+        logits, draft_logits = sampler.penalise(logits, seen), sampler.penalise(draft_logits, seen[:, :-1])
     count = drafts.shape[1]
     index = jnp.arange(count + 1)
     if sampler.temperature == 0.0:
@@ -299,6 +309,9 @@ def _append(
     nowhere = state.tokens.shape[1]
     slots = jnp.where(kept, state.lengths[:, None] + jnp.arange(tokens.shape[1]), nowhere)
     newest = jnp.take_along_axis(tokens, jnp.maximum(gained - 1, 0)[:, None], axis=1)[:, 0]
+    seen = state.seen
+    if seen is not None:
+        seen |= (jax.nn.one_hot(tokens, seen.shape[-1], dtype=bool) & kept[..., None]).any(axis=1)
     return state.replace(
         step=state.step + 1,
         tokens=state.tokens.at[rows, slots].set(tokens, mode="drop"),
@@ -306,4 +319,5 @@ def _append(
         lengths=state.lengths + gained,
         positions=state.positions + gained,
         newest=jnp.where(gained > 0, newest, state.newest),
+        seen=seen,
     )

@@ -25,8 +25,8 @@ _HARMLESS = """
     chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping eos_token_id
     finetuning_task gradient_checkpointing id2label is_decoder label2id length_penalty max_length model_type
     num_beam_groups num_labels num_return_sequences output_attentions output_hidden_states output_past output_scores
-    pad_token_id prefix problem_type remove_invalid_values return_dict return_dict_in_generate sep_token_id
-    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    pad_token_id prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p use_bfloat16 use_cache
     _attn_implementation_autoset _commit_hash _flash_attn_2_enabled is_llama_config max_sequence_length
     transformers.js_config unsloth_fixed unsloth_version

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmq_jax.data.batching import pad
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows, power_of_two
 from llmq_jax.data.tokenizer_files import TokenizerFiles
-from llmq_jax.errors import BadInput, close_names
+from llmq_jax.errors import BadInput, PythonAdvice, close_names
 from llmq_jax.generation import Sampler, generate, row_seed
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
@@ -59,7 +60,7 @@ ANSWER_TOKENS = 256
 # transformers' default.
 TOP_K = 50
 # Arguments of transformers' generation that tasks give, with the values that change nothing.
-NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
 # The marker that transformers uses: chat templates get to see it.
 END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -86,7 +87,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if loaded is not None and dtype is not None:
             raise BadInput(f"dtype={dtype!r} has no effect on a model that is loaded; give it to lq.load")
         self.source = str(model) if loaded is None else "this model"
-        self.lm = load(self.source, dtype=dtype) if loaded is None else loaded
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PythonAdvice)  # on a penalty on repetition, which is applied here
+            self.lm = load(self.source, dtype=dtype) if loaded is None else loaded
         self.lm.require_language_model(self.source)
         self.tokenizer = self.lm.require_tokenizer(self.source)
         longest = self.lm.config.max_position_embeddings
@@ -358,16 +361,18 @@ def _continuations(
 def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
     """The sampler that transformers would use, given these arguments and the model's `generation_config.json`."""
     drawn, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
-    filters: dict[str, Any] = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
+    filters: dict[str, Any] = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     for values in (generation.other, given):
         filters |= {name: values[name] for name in filters if values.get(name) is not None}
     for name, value in given.items():
         if name not in filters and NEUTRAL.get(name) != value:
             raise BadInput(
                 f"a task's generation_kwargs have {name}={value!r}, which is not supported; known are until, "
-                "max_gen_toks, do_sample, temperature, top_k, top_p and min_p"
+                "max_gen_toks, do_sample, temperature, top_k, top_p, min_p and repetition_penalty"
             )
-    return Sampler(temperature, **filters) if drawn and temperature else Sampler(temperature=0.0)
+    if not drawn or not temperature:
+        return Sampler(0.0, repetition_penalty=filters["repetition_penalty"])
+    return Sampler(temperature, **filters)
 
 
 def _conversation(template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

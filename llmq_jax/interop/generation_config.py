@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.errors import BadInput, warn
+from llmq_jax.errors import BadInput, PythonAdvice, warn
 from llmq_jax.field_types import scalar
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields by which transformers chooses other tokens and that nothing here applies, with the values that change nothing.
-# How tokens are drawn (temperature, top_k, ...) is not among them: a Sampler says it.
+# How tokens are drawn (temperature, top_k, ...) is not among them: a Sampler says it. So it does of repetition_penalty,
+# but transformers applies that to greedy tokens too.
 IGNORED: dict[str, Any] = {
-    "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
@@ -61,6 +61,12 @@ class GenerationConfig:
         ids: dict[str, Any] = {name: values.get(name) for name in TOKEN_IDS}
         return cls(**ids, other={name: value for name, value in values.items() if name not in TOKEN_IDS})
 
+    @property
+    def repetition_penalty(self) -> Any:
+        """What the file says of it, unchecked; 1.0 where that is nothing."""
+        said = self.other.get("repetition_penalty")
+        return 1.0 if said is None else said
+
     def token_ids(self) -> dict[str, Any]:
         """The special tokens as transformers writes them: null, an id or, for several end tokens, a list."""
         ends = list(self.eos_token_id)
@@ -86,6 +92,9 @@ def warn_of_ignored(values: Mapping[str, Any], file: Path) -> None:
     found = [f"{name}={value!r:.60}" for name, value in said.items() if value not in (None, IGNORED[name], [], {})]
     if found:
         warn(f"{file}: ignored in generation: {', '.join(found)}")
+    if (penalty := values.get("repetition_penalty")) not in (None, 1.0):
+        given = f"repetition_penalty={penalty!r:.60}"
+        warn(f"{file}: asks for {given}, which is not applied; give Sampler({given})", PythonAdvice)
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:

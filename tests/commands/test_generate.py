@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -29,12 +30,30 @@ def test_greedy_text_is_that_of_the_library(llmq, model_folder, tiny_model):
 
 def test_sampling_options_reach_the_sampler(llmq, model_folder, tiny_model):
     options = ["--temperature", 1.5, "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01, "--seed", 7, "--stop", "e"]
+    options += ["--repetition-penalty", 1.2]
     _, out, _ = llmq("generate", model_folder, "--prompt", "ab", "--max-new-tokens", 20, *options)
-    sampler = lq.Sampler(temperature=1.5, top_k=40, top_p=0.9, min_p=0.01)
+    sampler = lq.Sampler(temperature=1.5, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
     expected = lq.generate(tiny_model, "ab", max_new_tokens=20, sampler=sampler, seed=7, stop=["e"]).text[0]
     assert out == "ab" + expected + TAIL
     others = [[*options, "--seed", 8], [*options, "--top-k", 1]]
     assert all(llmq("generate", model_folder, "--prompt", "ab", "--max-new-tokens", 20, *o)[1] != out for o in others)
+
+
+def test_a_penalty_of_the_file_is_named_until_one_is_given(llmq, tiny_model, tmp_path):
+    generation = tiny_model.generation.replace(other={"repetition_penalty": 1.3})
+    folder = lq.save_hf(tiny_model.replace(generation=generation), tmp_path / "model")
+    command = ["generate", folder, "--prompt", "ab", "--max-new-tokens", 12, "--temperature", 0]
+    with pytest.warns(UserWarning) as caught:
+        plain = llmq(*command)
+    advice = "asks for repetition_penalty=1.3, which is not applied; give --repetition-penalty 1.3"
+    assert [str(warning.message) for warning in caught] == [f"{folder}: its generation config {advice}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert llmq(*command, "--repetition-penalty", 1) == plain
+        code, out, _ = llmq(*command, "--repetition-penalty", 3)
+    assert code == 0 and out != plain[1]
+    code, _, err = llmq(*command, "--repetition-penalty", 0)
+    assert (code, err) == (2, "error: --repetition-penalty is 0.0 and must be positive; 1 changes nothing\n")
 
 
 def test_a_draft_changes_no_greedy_text(llmq, model_folder, tiny_model):

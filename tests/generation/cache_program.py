@@ -27,8 +27,12 @@ PROMPTS, NEW, LENGTH = np.arange(48).reshape(8, 6) % 31, 6, 12
 GREEDY = lq.Sampler(temperature=0.0)
 
 
+PENALISED = lq.Sampler(temperature=0.0, repetition_penalty=1.3)
+
+
 def tokens_of(lm: lq.LanguageModel) -> list:
-    return lq.generate(lm, PROMPTS.tolist(), max_new_tokens=NEW, sampler=GREEDY).tokens.tolist()
+    samplers = (GREEDY, PENALISED)
+    return [lq.generate(lm, PROMPTS.tolist(), max_new_tokens=NEW, sampler=each).tokens.tolist() for each in samplers]
 
 
 for name, config in CONFIGS.items():

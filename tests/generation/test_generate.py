@@ -37,14 +37,15 @@ def lm():
     )
 
 
-def greedy_without_cache(lm, prompt: str, steps: int):
+def greedy_without_cache(lm, prompt: str, steps: int, penalty: float = 1.0):
     ids, logprobs = lm.tokenizer.encode(prompt), []
     for _ in range(steps):
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(ids)] = ids
         logits = np.asarray(lm.logits(padded, lengths=[len(ids)]))[0, len(ids) - 1]
-        ids.append(int(logits.argmax()))
-        logprobs.append(logits.max() - np.logaddexp.reduce(logits))
+        seen = np.isin(np.arange(len(logits)), ids)
+        ids.append(int(np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits).argmax()))
+        logprobs.append(logits[ids[-1]] - np.logaddexp.reduce(logits))
     return ids[-steps:], logprobs
 
 
@@ -54,6 +55,29 @@ def test_each_prompt_of_a_batch_gets_the_greedy_tokens_of_the_uncached_model(lm)
         tokens, logprobs = greedy_without_cache(lm, prompt, 20)
         assert together.tokens[row].tolist() == tokens
         np.testing.assert_allclose(together.logprobs[row], logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.5])
+def test_a_penalty_on_repetition_is_each_row_s_own_and_not_in_the_log_probabilities(lm, penalty):
+    sampler = lq.Sampler(temperature=0.0, repetition_penalty=penalty)
+    together = lq.generate(lm, PROMPTS, 20, sampler, (), samples=2)
+    for row, prompt in enumerate(PROMPTS):
+        tokens, logprobs = greedy_without_cache(lm, prompt, 20, penalty)
+        assert together.tokens[2 * row].tolist() == together.tokens[2 * row + 1].tolist() == tokens
+        np.testing.assert_allclose(together.logprobs[2 * row], logprobs, atol=1e-4)
+        assert "".join(lq.stream(lm, prompt, 20, sampler, ())) == together.text[2 * row]
+    assert (together.tokens != lq.generate(lm, PROMPTS, 20, lq.Sampler(0.0), (), samples=2).tokens).any()
+    cut = together.text[0][9:12]
+    stopped = lq.generate(lm, PROMPTS[0], 20, sampler, [cut]).text[0]
+    assert stopped == together.text[0][: together.text[0].index(cut)]
+
+
+def test_only_a_sampler_that_remembers_has_a_state_of_what_was_seen(lm):
+    """Each row's prompt, without padding, and its new token. Of other samplers the programs are as without it."""
+    assert Request.create(lm, PROMPTS, 4, lq.Sampler(), (), 0).start().seen is None
+    state = Request.create(lm, PROMPTS, 4, lq.Sampler(repetition_penalty=1.1), (), 0).start()
+    for row, prompt in enumerate(PROMPTS):
+        assert set(np.flatnonzero(state.seen[row])) == {*lm.tokenizer.encode(prompt), int(state.tokens[row, 0])}
 
 
 def test_what_decodes_on_a_gpu(monkeypatch):
@@ -305,7 +329,7 @@ def writes(monkeypatch):
 
         def start(request):
             unread = dict.fromkeys(("step", "positions", "newest", "keys"), jnp.zeros(1, jnp.int32))
-            none = {"lengths": jnp.array([0]), "done": jnp.array([False]), "caches": ()}
+            none = {"lengths": jnp.array([0]), "done": jnp.array([False]), "caches": (), "seen": None}
             return advance(request, DecodeState(**unread, **none, tokens=written, logprobs=0.0 * written), 1)
 
         def advance(request, state, until):

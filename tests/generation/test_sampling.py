@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +152,8 @@ def test_a_temperature_near_0_is_as_good_as_greedy():
         ({"top_k": -1}, "top_k=-1 must be 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"min_p": 2.0}, "min_p=2.0 must be between"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive; 1 changes nothing"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be positive"),
         ({"temperature": 0.0, "top_k": 5}, "no effect at temperature 0"),
     ],
 )

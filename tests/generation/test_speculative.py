@@ -71,16 +71,18 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "count"), [("llama", 1), ("gemma", 4), ("dynamic", 4)])
-def test_greedy_tokens_are_those_of_plain_decoding(name, count):
-    target = draw(CONFIGS[name])
-    plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
+@pytest.mark.parametrize(
+    ("name", "count", "penalty"), [("llama", 1, 1.0), ("gemma", 4, 1.0), ("dynamic", 4, 1.0), ("llama", 4, 1.3)]
+)
+def test_greedy_tokens_are_those_of_plain_decoding(name, count, penalty):
+    target, sampler = draw(CONFIGS[name]), lq.Sampler(temperature=0.0, repetition_penalty=penalty)
+    plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=sampler)
     found = lq.generate(
-        target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=similar(target, 0.1), draft_tokens=count
+        target, PROMPTS, max_new_tokens=30, sampler=sampler, draft=similar(target, 0.1), draft_tokens=count
     )
     assert_same(found, plain)
     assert 0 < found.accepted < found.drafted
-    itself = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=target, draft_tokens=count)
+    itself = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=sampler, draft=target, draft_tokens=count)
     assert_same(itself, plain)
     # What is drafted past the last token is not accepted.
     assert itself.drafted - itself.accepted < 3 * count
@@ -159,6 +161,7 @@ def sharpened(variables):
 SAMPLERS = {
     "whole": lq.Sampler(temperature=1.0),
     "nucleus": lq.Sampler(temperature=0.7, top_p=0.8),
+    "penalty": lq.Sampler(temperature=1.0, repetition_penalty=1.5),
 }
 
 
@@ -169,6 +172,9 @@ def assert_drawn_as_by_the_model_alone(target, sampler, **draft):
     assert 0.1 < found.accepted / found.drafted < 0.9
     texts = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3)
     logits = target.logits(np.concatenate([np.tile([1, 2], (64, 1)), texts], axis=1))[:, 1:4]
+    if sampler.remembers:
+        before = np.stack([(texts[:, :place, None] == np.arange(4)).any(1) for place in range(3)], axis=1)
+        logits = sampler.penalise(jnp.asarray(logits), jnp.asarray(before | np.isin(np.arange(4), [1, 2])))
     allowed = sampler.filter(jnp.asarray(logits).reshape(-1, 4)).reshape(64, 3, 4)
     each = np.take_along_axis(np.asarray(jax.nn.softmax(allowed)), texts[..., None], axis=2)[..., 0]
     expected = count * each.prod(1)

@@ -1,5 +1,7 @@
 """The evaluation harness with our models and with its own backend for transformers: the same answers and metrics."""
 
+import warnings
+
 import lm_eval
 import pytest
 import tokenizers
@@ -207,6 +209,25 @@ def test_answers(pair):
     found = ours.generate_until(requests("generate_until", asked), disable_tqdm=True)
     assert found == expected
     assert any(expected)
+
+
+def test_answers_with_a_penalty_on_repetition(pair, monkeypatch, tmp_path):
+    """A task's own, and where it says nothing that of generation_config.json."""
+    theirs, ours = pair
+    monkeypatch.setattr(theirs.model.generation_config, "repetition_penalty", 1.5)
+    generation = ours.lm.generation.replace(other={"repetition_penalty": 1.5})
+    monkeypatch.setattr(theirs, "batch_size_per_gpu", 1)  # what it pads on the left counts as said there
+    asked = [{"until": [], "max_gen_toks": 20}, {"until": [], "max_gen_toks": 20, "repetition_penalty": 0.8}]
+    asked = requests("generate_until", [("The river", each) for each in asked])
+    plain = ours.generate_until(asked[:1], disable_tqdm=True)
+    monkeypatch.setattr(ours, "lm", ours.lm.replace(generation=generation))
+    found = ours.generate_until(asked, disable_tqdm=True)
+    assert found == theirs.generate_until(asked, disable_tqdm=True)
+    assert len({*found, *plain}) == 3
+    with warnings.catch_warnings():  # as loading has elsewhere, where nothing applies the file's
+        warnings.simplefilter("error")
+        loaded = HarnessModel(lq.save_hf(ours.lm, tmp_path / "model"))
+    assert loaded.generate_until(asked, disable_tqdm=True) == found
 
 
 def test_answers_end_where_a_string_spells_a_special_token(llama_pair):

@@ -206,8 +206,8 @@ def test_what_generation_ignores_is_named_in_one_warning(theirs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(theirs)
-    penalties = {"repetition_penalty": 1.1, "bad_words_ids": [[3]], "min_new_tokens": 4}
-    named = "ignored in generation: repetition_penalty=1.1, bad_words_ids=[[3]], min_new_tokens=4"
+    penalties = {"repetition_penalty": None, "bad_words_ids": [[3]], "min_new_tokens": 4}
+    named = "ignored in generation: bad_words_ids=[[3]], min_new_tokens=4"
     edit_json(path, **penalties)
     with pytest.warns(UserWarning) as caught:
         lm = load(theirs)
@@ -222,6 +222,16 @@ def test_what_generation_ignores_is_named_in_one_warning(theirs, tmp_path):
     with pytest.warns(UserWarning) as caught:
         load(theirs)
     assert [str(warning.message) for warning in caught] == [f"{theirs / 'config.json'}: {named}"]
+
+
+def test_a_penalty_on_repetition_is_named_with_what_applies_it(theirs):
+    path = theirs / "generation_config.json"
+    edit_json(path, repetition_penalty=1.1)
+    with pytest.warns(UserWarning) as caught:
+        lm = load(theirs)
+    asked = "asks for repetition_penalty=1.1, which is not applied; give Sampler(repetition_penalty=1.1)"
+    assert [str(warning.message) for warning in caught] == [f"{path}: {asked}"]
+    assert lm.generation.repetition_penalty == 1.1
 
 
 @pytest.mark.parametrize("end", [256, np.int64(256), [256], np.array([256]), jnp.array([256]), (np.int32(256),)])
