@@ -4,6 +4,7 @@
     {"role": "user", "content": [{"type": "text", "text": text}, ...]}
     {"role": "assistant", "content": text, "reasoning_content": text}              or `reasoning`, or `thinking`
     {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]}
+    {"role": "assistant", "content": text, "weight": 0}         not learned; so are `"train": false` and `"loss": false`
     {"role": "tool", "name": ..., "tool_call_id": ..., "content": text}
 
 ShareGPT spells a message {"from": ..., "value": text}. A key that is null is absent, as in transformers. What tools and
