@@ -74,6 +74,7 @@ def prompt_tokens(conversation: Any, options: Any, tokenizer: Any) -> list[int]:
     """The token ids before a conversation's last answer; where it has no answer, its first few."""
     from llmq_jax.data import render, tokenize
 
+    conversation = dataclasses.replace(conversation, unlearned=frozenset())  # asked it may be all the same
     rendered = render(conversation, options.template, tokenizer.chat_template)
     if question(conversation) is None:
         return tokenize(rendered, tokenizer, "all").tokens[:16].tolist()

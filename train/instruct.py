@@ -92,7 +92,7 @@ class TemplateOptions:
     them."""
     train_on: str = "response"
     """What is learned: every answer (response), the last one (last), prompts too (all), or answers by their numbers,
-    counted from 0: 0,2."""
+    counted from 0: 0,2. Answers of weight 0 in the data are not."""
     pack: bool = True
     """Put several conversations into a row, without attention between them. With --no-pack each has a padded row of its
     own."""

@@ -22,6 +22,7 @@ from llmq_jax.data.messages import (
     Message,
     empty_response,
     message_list,
+    not_learned,
     refuse_lost,
     template_variables,
     text_of,
@@ -65,6 +66,9 @@ class Conversation:
     """Alpaca's input, which belongs to the first message."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template beside the messages: `tools`, and those of `chat_template_kwargs`."""
+    unlearned: frozenset[int] = frozenset()
+    """The numbers, from 0, of messages of the assistant that are marked as not to be learned (weight 0): they are
+    context alone, as those in the prompt."""
 
     def chat(self) -> list[Message]:
         """The messages as a chat has them, with the input at the end of the instruction."""
@@ -134,7 +138,7 @@ def _asked(record: Record, form: str) -> Conversation:
     if fields.get("label") is False:  # the answers of TRL's unpaired preferences are rated
         raise BadInput(f"{where}: label is false, and an answer that is not wanted would be learned; remove such rows")
     if form in ("messages", "conversations"):
-        return Conversation(where, "messages", message_list(record, form))
+        return Conversation(where, "messages", message_list(record, form), unlearned=not_learned(record, form))
     if form == "prompt":
         return _prompt_and_completion(record)
     if form == "question":
@@ -165,7 +169,8 @@ def _prompt_and_completion(record: Record) -> Conversation:
     if any(kinds):
         raise BadInput(f"{record.where}: prompt and completion must both be strings, or both be lists of messages")
     prompt, completion = message_list(record, "prompt"), message_list(record, "completion")
-    return Conversation(record.where, "messages", (*prompt, *completion), given=len(prompt))
+    unlearned = not_learned(record, "prompt") | not_learned(record, "completion", len(prompt))
+    return Conversation(record.where, "messages", (*prompt, *completion), given=len(prompt), unlearned=unlearned)
 
 
 def _not_empty(text: str, where: str) -> str:

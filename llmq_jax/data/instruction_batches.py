@@ -96,6 +96,11 @@ def tokenize_conversations(
     examples: list[Example] = []
     truncated = dropped = 0
     for conversation in conversations:
+        if train_on == "all" and conversation.unlearned:
+            raise BadInput(
+                f"{conversation.where} marks an answer as not to be learned (weight, train or loss), and --train-on "
+                "all learns it: leave out --train-on all, or remove the marks"
+            )
         example = tokenize(render(conversation, template, tokenizer.chat_template), tokenizer, train_on)
         length = len(example.tokens)
         if length > context:

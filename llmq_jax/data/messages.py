@@ -4,6 +4,7 @@
     {"role": "user", "content": [{"type": "text", "text": text}, ...]}
     {"role": "assistant", "content": text, "reasoning_content": text}              or `reasoning`, or `thinking`
     {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]}
+    {"role": "assistant", "content": text, "weight": 0}         not learned; so are `"train": false` and `"loss": false`
     {"role": "tool", "name": ..., "tool_call_id": ..., "content": text}
 
 ShareGPT spells a message {"from": ..., "value": text}. A key that is null is absent, as in transformers. What tools and
@@ -40,7 +41,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 KEYS = ("tool_calls", "tool_call_id", "name", *REASONING)
 """Keys that a message may have for the template beside role and content."""
 MARKS = ("weight", "train", "loss")
-"""Keys by which other programs (OpenAI's and Mistral's, axolotl, LLaMA-Factory) leave an answer out of the loss."""
+"""Keys by which data (OpenAI's and Mistral's, axolotl's, LLaMA-Factory's) leave an answer out of the loss."""
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -99,6 +100,25 @@ def message_list(record: Record, name: str) -> tuple[Message, ...]:
         raise BadInput(f"{where} must be a list of {{{keys}: ...}}, not {_shown(value)}")
     given = name == "prompt"
     return tuple(_message(message, f"{record.where}: {name}[{index}]", given) for index, message in enumerate(value))
+
+
+def not_learned(record: Record, name: str, first: int = 0) -> frozenset[int]:
+    """Which messages of the assistant in a field that `message_list` reads are marked, by MARKS, as not to be learned:
+    their numbers, from `first`. BadInput for a mark that is neither 0 nor 1, which false and true are too."""
+    found = set()
+    for index, message in enumerate(record.fields[name]):
+        if SPEAKERS.get(message.get("role", message.get("from"))) != "assistant":
+            continue
+        marks = {mark: message[mark] for mark in MARKS if message.get(mark) is not None}
+        for mark, value in marks.items():
+            if value not in (0, 1):
+                raise BadInput(
+                    f"{record.where}: {name}[{index}]: {mark} is {_shown(value)}: only 0 (not learned) and 1 (learned) "
+                    "are read: write one of them, or remove it"
+                )
+        if 0 in marks.values():
+            found.add(first + index)
+    return frozenset(found)
 
 
 def template_variables(record: Record) -> dict[str, Any]:
@@ -166,12 +186,6 @@ def _message(message: Any, where: str, given: bool) -> Message:
         role = SPEAKERS[role]
     check_role(role, where)
     refuse_lost(message, ("function_call",), where)
-    unlearned = next((name for name in MARKS if message.get(name) == 0), None)  # False is 0
-    if unlearned is not None and role == "assistant":
-        raise BadInput(
-            f"{where} has the {unlearned} {message[unlearned]}, which is not supported: choose what is learned by "
-            "--train-on"
-        )
     read = {name: message[name] for name in KEYS if message.get(name) is not None}
     for name, value in read.items():
         if name == "tool_calls":

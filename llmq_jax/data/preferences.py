@@ -22,7 +22,7 @@ from llmq_jax.counts import counted
 from llmq_jax.data.conversations import LOST, Conversation, answer, require_one_form, without_nulls
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
-from llmq_jax.data.messages import Message, message_list, refuse_lost, template_variables, text_of
+from llmq_jax.data.messages import Message, message_list, not_learned, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import render
 from llmq_jax.data.records import Record, read_records
 from llmq_jax.data.splits import split_documents
@@ -158,7 +158,14 @@ def as_preference(record: Record) -> Preference:
     for side, said in zip(SIDES, answers, strict=True):
         _check_answer(where, side, said)
     variables = template_variables(record)
-    chosen, rejected = (Conversation(where, form, (*prompt, *said), len(prompt), given, variables) for said in answers)
+
+    def conversation(side: str, said: tuple[Message, ...]) -> Conversation:
+        messages, spoken = (*prompt, *said), fields[side]
+        # A list may begin with the prompt.
+        marked = frozenset() if isinstance(spoken, str) else not_learned(record, side, len(messages) - len(spoken))
+        return Conversation(where, form, messages, len(prompt), given, variables, marked)
+
+    chosen, rejected = map(conversation, SIDES, answers)
     return Preference(where, chosen, rejected, _margin(record))
 
 

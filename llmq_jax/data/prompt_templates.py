@@ -87,14 +87,15 @@ class Rendered:
 
     where: str
     text: str
-    answers: tuple[Span | str, ...]
-    """For each answer after the given messages, in order: its characters, or why it cannot be learned."""
+    answers: tuple[Span | str | None, ...]
+    """For each answer after the given messages, in order: its characters, or why it cannot be learned; None where it is
+    marked as not to be learned."""
     is_chat: bool
     """Whether special tokens spelled out in the text become tokens, because a chat template writes them. Those that
     messages spell out do so too, as everywhere that chat templates are used."""
 
     def chosen(self, train_on: TrainOn) -> tuple[Span, ...]:
-        """The characters to learn. BadInput: an answer that is not there."""
+        """The characters to learn. BadInput: an answer that is not there, or none but marked ones."""
         if train_on == "all":
             return ((0, len(self.text)),)
         if not self.answers:
@@ -114,7 +115,13 @@ class Rendered:
             span = self.answers[number]
             if isinstance(span, str):
                 raise BadInput(f"{self.where} {span}")
-            spans.append(span)
+            if span is not None:
+                spans.append(span)
+        if not spans:
+            raise BadInput(
+                f"{self.where} has no answer to learn: all that are chosen are marked as not to be learned (weight, "
+                "train or loss): remove the row, or a mark"
+            )
         return tuple(spans)
 
 
@@ -165,7 +172,8 @@ def render(conversation: Conversation, template: str, chat_template: ChatTemplat
     if template == "alpaca":
         prompt = alpaca_prompt(prompt, conversation.input)
     text = prompt + answer
-    return Rendered(where, text, ((len(prompt), len(text)),), is_chat=False)
+    answers = (None if 1 in conversation.unlearned else (len(prompt), len(text)),)
+    return Rendered(where, text, answers, is_chat=False)
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
@@ -196,9 +204,12 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
 
     text = written(len(messages))
     _refuse_left_out(conversation, template, text)
-    answers: list[Span | str] = []
+    answers: list[Span | str | None] = []
     for index in range(conversation.given, len(messages)):
         if messages[index]["role"] != "assistant":
+            continue
+        if index in conversation.unlearned:
+            answers.append(None)
             continue
         if index == 0:
             answers.append(UNASKED)

@@ -328,7 +328,11 @@ BAD = [
         {"prompt": [user("x"), assistant(""), user("y")], "completion": [assistant("z")]},
         r"prompt\[1\]: the assistant says nothing",
     ),
-    ({"messages": [user("x"), {**assistant("y"), "weight": 0}]}, r"messages\[1\] has the weight 0, .* --train-on"),
+    (
+        {"messages": [user("x"), {**assistant("y"), "weight": 0.5}]},
+        r"messages\[1\]: weight is 0\.5: only 0 \(not learned\) and 1 \(learned\) are read: write one of",
+    ),
+    ({"messages": [user("x"), {**assistant("y"), "train": "false"}]}, r"messages\[1\]: train is 'false': only 0 \("),
     ({"messages": [user("x"), assistant("y")], "functions": [{"name": "z"}]}, r"has 'functions', which is not read"),
     ({**ALPACA, "system": "You are terse."}, r"has 'system', which is not read: write it into the text"),
     ({**PROMPT, "system": "You are terse."}, r"has 'system', which is not read: write it into the text"),
@@ -350,8 +354,8 @@ BAD = [
         r"field 'conversations' must be a list of \{\"from\": \.\.\., \"value\": \.\.\.\}, not \[\]",
     ),
     (
-        {"conversations": [said("human", "x"), {**said("gpt", "y"), "weight": 0}]},
-        r"conversations\[1\] has the weight 0",
+        {"conversations": [said("human", "x"), {**said("gpt", "y"), "weight": -1}]},
+        r"conversations\[1\]: weight is -1: only 0",
     ),
     ({**SHAREGPT, "system": "Be brief."}, r"has 'system', which is not read: write it into the text"),
     ({**CHAT, **SHAREGPT}, r"has 'conversations', which is not read: .*, or remove it"),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -173,6 +175,54 @@ def test_bad_arguments():
     ):
         with pytest.raises(BadInput, match=message):
             tokenized(conversations("a"), **{"context": 8, **options})
+
+
+def chat(*turns):
+    """A conversation of (who says it, text, marks)."""
+    messages = [{"role": role, "content": text, **marks} for role, text, *rest in turns for marks in rest or [{}]]
+    return as_conversation(Record("a.json: row 1", {"messages": messages}))
+
+
+def tokenized_chats(conversations, tmp_path, **options):
+    ByteTokenizer().save(tmp_path)
+    template = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}.{% endfor %}"
+    opening = "{% if add_generation_prompt %}<a>{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(template + opening)
+    return tokenize_conversations(conversations, FileTokenizer(tmp_path), template="chat", **options)
+
+
+MARKED = (("user", "q"), ("assistant", "one", {"weight": 0}), ("user", "r"), ("assistant", "two"))
+
+
+def test_marked_answers_are_context_without_labels(tmp_path):
+    """By hand; in a row with another conversation too."""
+    late = (*MARKED[:1], ("assistant", "one", {"train": True}), *MARKED[2:3], ("assistant", "two", {"loss": False}))
+    made = tokenized_chats([chat(*MARKED), chat(*late)], tmp_path, context=64)
+    for example, labels in zip(made.examples, ("____________________two.", "________one.____________"), strict=True):
+        assert bytes(example.tokens.tolist()) == b"<u>q.<a>one.<u>r.<a>two."
+        assert bytes(np.where(example.learned, example.tokens, ord("_")).tolist()) == labels.encode()
+    assert (made.tokens, made.learned_tokens) == (48, 8)
+    (batch,) = instruction_batches(made.examples, context=64, batch_size=1, seed=None)
+    targets, segments, mask = (batch[name][0] for name in ("targets", "segment_ids", "mask"))
+    learned = {bytes(targets[(mask > 0) & (segments == number)].tolist()) for number in (1, 2)}
+    assert learned == {b"one.", b"two."} and mask.sum() == 8
+
+
+def test_what_is_cut_may_leave_marked_answers_alone(tmp_path):
+    """Then there is nothing to learn, as where a conversation loses its answer."""
+    kept = chat(("user", "q"), ("assistant", "three"))
+    for context, expected in ((24, (2, 0, 0)), (22, (2, 1, 0)), (20, (1, 0, 1))):
+        found = tokenized_chats([chat(*MARKED), kept], tmp_path, context=context)
+        assert (len(found), found.truncated, found.dropped) == expected
+
+
+def test_all_of_a_conversation_with_marked_answers_is_not_learned(tmp_path):
+    """One of both says what is learned."""
+    for conversation in (chat(*MARKED), replace(chat(*MARKED), given=3)):
+        with pytest.raises(BadInput, match=r"row 1 marks an answer as not to be learned .* and --train-on all learns "):
+            tokenized_chats([conversation], tmp_path, context=64, train_on="all")
+    asked = chat(("user", "q", {"weight": 0}), ("assistant", "one"))
+    assert tokenized_chats([asked], tmp_path, context=64, train_on="all").learned_tokens == 11
 
 
 # Batches

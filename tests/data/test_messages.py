@@ -267,17 +267,88 @@ def test_a_call_of_sharegpt_keeps_what_stands_beside_it(tmp_path):
     turns = [{"from": "human", "value": "How late?"}, {**call_in_json, "reasoning": "I look."}]
     (shared,) = read(tmp_path, {"conversations": turns})
     assert learned(shared, TOOLED) == ["<think>I look.</think><call>clock({})</call></s>"]
-    with pytest.raises(BadInput, match=r"conversations\[1\] has the weight 0"):
-        read(tmp_path, {"conversations": [turns[0], {**call_in_json, "weight": 0}]})
+    observed = {"from": "observation", "value": "5"}
+    marked = [turns[0], {**call_in_json, "weight": 0}, observed, {"from": "gpt", "value": "Late."}]
+    (shared,) = read(tmp_path, {"conversations": marked})
+    assert learned(shared, TOOLED) == ["Late.</s>"]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
-def test_an_answer_that_is_marked_as_not_to_be_learned_is_not_learned_unasked(tmp_path, mark):
-    """OpenAI's, axolotl's and LLaMA-Factory's marks."""
-    name, value = next(iter(mark.items()))
-    with pytest.raises(BadInput, match=rf"messages\[1\] has the {name} {value}, .* --train-on"):
-        read(tmp_path, {"messages": [user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")]})
-    read(tmp_path, {"messages": [{**user("a"), **mark}, {**assistant("b"), name: True}]})
+NOT = [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"weight": 1, "train": False}]
+
+
+@pytest.mark.parametrize("mark", NOT)
+def test_an_answer_that_is_marked_is_read_and_not_learned(tmp_path, mark):
+    """By OpenAI's, axolotl's and LLaMA-Factory's marks: what the template writes stays the same."""
+    kept = dict.fromkeys(mark, 1)
+    turns = [user("a"), assistant("b", **mark), {**user("c"), **mark}, assistant("d", **kept), user("e")]
+    shared = [{"from": each.pop("role"), "value": each.pop("content"), **each} for each in map(dict, turns)]
+    plain, chat, shared, parted = read(
+        tmp_path,
+        {"messages": [{name: each[name] for name in ("role", "content")} for each in turns]},
+        {"messages": turns},
+        {"messages": shared},
+        {"prompt": turns[:1], "completion": turns[1:]},
+    )
+    for conversation in (chat, shared, parted):
+        assert conversation.messages == plain.messages
+        rendered = render(conversation, "chat", ChatTemplate(CHATML))
+        assert rendered.text == render(plain, "chat", ChatTemplate(CHATML)).text
+        assert learned(conversation, CHATML) == ["d<|im_end|>\n"]
+        assert rendered.chosen((0, 1)) == rendered.chosen((1,)) == rendered.chosen("last"), "numbers count all answers"
+        with pytest.raises(
+            BadInput, match=r"line \d has no answer to learn: all that are chosen are marked .* remove the row, "
+        ):
+            rendered.chosen((0,))
+    (sparse,) = read(tmp_path, {"messages": [user("a"), assistant("b", weight=None, train=True, loss=1)]})
+    assert learned(sparse, CHATML) == ["b<|im_end|>\n"]
+
+
+def test_a_conversation_of_marked_answers_is_refused_as_one_without_an_answer(tmp_path):
+    for template, answers in (("chat", 2), ("alpaca", 1)):
+        (conversation,) = read(tmp_path, {"messages": [user("a"), assistant("b", weight=0)] * answers})
+        for train_on in ("response", "last", (-1,)):
+            with pytest.raises(BadInput, match=r"data\.jsonl: line 1 has no answer to learn: all that"):
+                render(conversation, template, ChatTemplate(CHATML)).chosen(train_on)
+
+
+def test_a_marked_answer_may_be_one_that_could_not_be_learned(tmp_path):
+    """A greeting before any prompt; an earlier answer, whose thought the template leaves out once others follow."""
+    greeted = [assistant("Hello", weight=0), user("a"), assistant("b")]
+    thoughtful = [user("a"), assistant("b", thinking="B", train=False), user("c"), assistant("d", thinking="D")]
+    forgetful = TOOLED.replace("{% if m.reasoning_content %}", "{% if m.reasoning_content and loop.last %}")
+    assert forgetful != TOOLED
+    for messages, source, expected in (
+        (greeted, CHATML, "b<|im_end|>\n"),
+        (thoughtful, forgetful, "<think>D</think>d</s>"),
+    ):
+        (conversation,) = read(tmp_path, {"messages": messages})
+        assert learned(conversation, source) == [expected]
+
+
+def test_calls_and_thoughts_of_a_marked_answer_are_not_learned(tmp_path):
+    (conversation,) = read(tmp_path, {"messages": [LOOP[0], {**LOOP[1], "weight": 0}, *LOOP[2:]], "tools": TOOLS})
+    assert learned(conversation, TOOLED) == ["It is cold.</s>"]
+    (conversation,) = read(tmp_path, {"messages": [*LOOP[:-1], {**LOOP[-1], "weight": 0}], "tools": TOOLS})
+    assert learned(conversation, TOOLED) == [
+        '<think>I should ask.</think><call>weather({"city": "Zürich"})</call><call>clock({})</call></s>'
+    ]
+
+
+def test_the_end_of_a_text_belongs_to_a_last_answer_that_is_marked(tmp_path):
+    ending = CHATML + "{% if not add_generation_prompt and messages[-1].role == 'assistant' %}<eot>{% endif %}"
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    (first,) = read(tmp_path, {"messages": [*turns[:3], {**turns[3], "weight": 0}]})
+    (last,) = read(tmp_path, {"messages": [turns[0], {**turns[1], "weight": 0}, *turns[2:]]})
+    assert learned(last, ending) == ["d<|im_end|>\n<eot>"]
+    assert learned(first, CHATML + "{% if messages | length == 4 %}<eot>{% endif %}") == ["b<|im_end|>\n"]
+
+
+def test_marks_of_a_parquet_file(tmp_path):
+    """Where the messages of others have null, and numbers may be floats."""
+    rows = [{"messages": [user("a"), assistant("b", weight=0.0), user("c"), assistant("d", weight=1.0)]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (conversation,) = read_conversations(tmp_path / "a.parquet")
+    assert learned(conversation, CHATML) == ["d<|im_end|>\n"]
 
 
 def test_what_tools_say_may_stand_in_json(tmp_path):

@@ -104,6 +104,31 @@ def test_messages(read, chat, record):
     assert rejected == (f"{prompt}<|im_start|>user\nf<|im_end|>\n{opened}", "e<|im_end|>\ng<|im_end|>\n")
 
 
+@pytest.mark.parametrize("record", [LISTS, IMPLICIT], ids=["prompt", "implicit prompt"])
+def test_marked_messages(read, chat, record):
+    """Those of the prompt are learned in no case; of an answer in several messages some may be; none is refused."""
+    record = json.loads(json.dumps(record))
+    assert parts(chat, read(record), "chat") == parts(chat, read(marked(record, "b", "f")), "chat")
+    ((_, rejected),) = parts(chat, read(marked(record, "e")), "chat")
+    assert rejected[1] == "g<|im_end|>\n"
+    for messages in (("d",), ("e", "g")):
+        with pytest.raises(BadInput, match=r"pairs\.jsonl: line 1 has no answer to learn: all that are chosen are"):
+            parts(chat, read(marked(record, *messages)), "chat")
+
+
+def marked(record, *texts):
+    """The record with weight 0 at messages of these texts, on one side alone for those that both sides have."""
+    done = set()
+
+    def mark(message):
+        if message["content"] not in texts or message["content"] in done:
+            return message
+        done.add(message["content"])
+        return {**message, "weight": 0}
+
+    return {field: [mark(message) for message in messages] for field, messages in record.items()}
+
+
 def test_messages_beside_their_prompt_as_a_string(read):
     """As in UltraFeedback, whose `prompt` is what the user says in the messages."""
     system = {"role": "system", "content": "s"}

@@ -96,6 +96,9 @@ def test_the_chat_template_asks_for_an_answer(read, chat):
     assert chat.end_of_text in read([{"prompt": [user("<|endoftext|>")]}], chat)[0][0].tokens  # as templates spell it
     shared = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}]
     assert read([{"prompt": shared}], chat)[0][0].text == of_messages.text
+    spoken = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    weighted = [{**message, "weight": 0} for message in spoken]
+    assert read([{"prompt": weighted}], chat)[0][0].text == read([{"prompt": spoken}], chat)[0][0].text
     assert read([{"prompt": "Hi"}], chat, template="chat")[0][0].text == asked
     assert read([{"prompt": "Hi"}], chat, template="plain")[0][0].text == "Hi"
     assert read([{"question": "Hi", "tools": "a hammer"}], chat, prompt_format="{question}")[0][0].text == asked

@@ -167,11 +167,20 @@ SEVERAL_TURNS = [
 ]
 
 
-def test_all_answers_of_several_turns(folder, tmp_path, caplog):
+# TRL itself knows no weights: a template that marks none of the answers that have weight 0.
+WEIGHED = MARKED.replace("== 'assistant'", "== 'assistant' and m.get('weight') != 0")
+WEIGHTS = [
+    {"messages": [{**each, "weight": weight} for each, weight in zip(record["messages"], weights, strict=True)]}
+    for record, weights in zip(SEVERAL_TURNS, ((None, 0, None, 1), (0, None, 1, 0)), strict=True)
+]
+
+
+@pytest.mark.parametrize(("records", "source"), [(SEVERAL_TURNS, MARKED), (WEIGHTS, WEIGHED)])
+def test_all_answers_of_several_turns(folder, tmp_path, caplog, records, source):
     """`assistant_only_loss`, whose mask comes from the template's own marks."""
     caplog.set_level(logging.ERROR)
     options = {"completion_only_loss": None, "assistant_only_loss": True}
-    trainer, ours, lm = both(folder, tmp_path, SEVERAL_TURNS, MARKED, "response", "chat", **options)
+    trainer, ours, lm = both(folder, tmp_path, records, source, "response", "chat", **options)
     theirs = trainer.data_collator(list(trainer.train_dataset))
     assert len(ours) == len(theirs["input_ids"]) == 2
     for example, tokens, labels, real in zip(

@@ -422,6 +422,51 @@ def test_sharegpts_conversations_are_messages(instruct, tmp_path):
     assert shown[0] == shown[1]
 
 
+def marked(*answers):
+    """Conversations of which these answers, by their numbers, have weight 0."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    turns += [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for answer in answers:
+        turns[2 * answer + 1]["weight"] = 0
+    records = [{"messages": [{**turns[0], "content": f"Hi {i}"}, *turns[1:]]} for i in range(4)]
+    Path("chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_answers_of_weight_0_are_read_and_not_learned(instruct):
+    """A run does not go on with other weights; its samples answer the last message all the same."""
+    given = ("--data=chats.jsonl", "--init-from", "CHAT", "--evaluate-every=3", "--steps=3")
+    for answers, shown, count in (
+        ((0,), "assistant\nHo<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>\n⟧", 3),
+        ((1,), "assistant\n⟦Ho<|im_end|>\n⟧<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n", 4),
+    ):
+        marked(*answers)
+        code, out, err = instruct(*given, "--preview", tiny=PREVIEW)
+        assert (code, err) == (0, "") and shown in out
+        assert f"\n{3 * count:,} of " in out and f": {count} of " in out
+    code, out, err = instruct(*given)
+    assert (code, err) == (0, "") and "\na\n-> " in out
+    assert "run is finished already" in instruct(*given)[1]
+    marked()
+    code, _, err = instruct(*given)
+    assert code == 2 and "run holds a run with other options: " in err and "training_sha256" in err
+    marked(0, 1)
+    code, _, err = instruct(*given, "--out=other")
+    assert code == 2 and err.count("\n") == 1 and "has no answer to learn: all that are chosen are marked" in err
+    marked(0)
+    code, _, err = instruct(*given, "--out=other", "--train-on=all")
+    assert code == 2 and err.count("\n") == 1 and "leave out --train-on all, or remove the marks" in err
+
+
+def test_conversations_that_differ_in_weights_alone_are_one_text(instruct):
+    """Which is not learned where it is held out."""
+    marked(0)
+    shutil.copy("chats.jsonl", "held_out.jsonl")
+    marked()
+    given = ("--data=chats.jsonl", "--validation-data=held_out.jsonl", "--init-from", "CHAT")
+    code, _, err = instruct(*given)
+    assert code == 2 and "every conversation is in held_out.jsonl too" in err
+
+
 def test_preview_on_a_terminal_is_in_colour(instruct, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     _, out, _ = instruct(*GIVEN, "--train-on", "all", tiny=PREVIEW)
