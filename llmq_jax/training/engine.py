@@ -493,9 +493,9 @@ class _Loop:
                 else:
                     plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
-            self.folder.mark_finished(result.figures())
             if self.options.plot:
-                write_report_page(self.folder.path)
+                write_report_page(self.folder.path, result.figures())
+            self.folder.mark_finished(result.figures())  # the last: a run that is killed before it comes here again
         return result
 
 

@@ -42,12 +42,14 @@ def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_
         "deletion:12",  # in the middle of deleting an old checkpoint
         "committed:20",  # the last one, before an older one is deleted
         "plot",  # after the last checkpoint, before the run is marked as finished
+        "report",  # the same, later
     )
     code, out, errors = killed(folder, kills)
     assert (code, errors) == (0, "")
     assert "from step 20" in out
     assert_same_run(whole, folder)
     assert json.loads((folder / "finished.json").read_text())["step"] == STEPS
+    assert "finished after 20 steps" in (folder / "report.html").read_text()
     assert not [name for name in os.listdir(folder / "checkpoints") if not name.isdigit()]
 
 
