@@ -13,6 +13,7 @@ Nothing here imports JAX before the options are read, so that help and errors co
 """
 
 import codecs
+import contextlib
 import hashlib
 import importlib
 import io
@@ -192,9 +193,20 @@ def keep_programs() -> None:
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(home / "llmq_jax" / "programs" / _processor_kind()))
+        folder = home / "llmq_jax" / "programs" / _processor_kind()
+        _remove_torn(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", KEPT_PROGRAMS_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_KEPT_SECONDS)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove the programs that a kill or a full disk left half-written: those without the time that JAX writes after
+    each. As long as there is one, JAX keeps no others, and warns of it."""
+    with contextlib.suppress(OSError):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+                program.unlink(missing_ok=True)
 
 
 def _processor_kind() -> str:

@@ -445,10 +445,11 @@ class _Loop:
         """Save the checkpoint of this step, and return what to say of it. If it is not `needed` and finds no room, the
         run goes on where the options say so."""
         require_finite_update(self.state.variables, self.step, self.newest)
+        assert self.folder is not None and self.checkpoints is not None
+        self.folder.require_in_place()
         try:
             # A checkpoint implies that all records up to its step are on disk.
             self.recorder.sync()
-            assert self.checkpoints is not None
             self.newest = self.checkpoints.save(
                 self.step,
                 self.state,
@@ -493,9 +494,9 @@ class _Loop:
                 else:
                     plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
-            self.folder.mark_finished(result.figures())
             if self.options.plot:
-                write_report_page(self.folder.path)
+                write_report_page(self.folder.path, result.figures())
+            self.folder.mark_finished(result.figures())  # the last: a run that is killed before it comes here again
         return result
 
 

@@ -54,16 +54,16 @@ summary { cursor: pointer; color: var(--soft) }
 """
 
 
-def write_report_page(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a run, finished or not, and return its path. BadInput where the folder is
-    no run's."""
+def write_report_page(folder: str | Path, ending: dict[str, Any] | None = None) -> Path:
+    """Write `report.html` into the folder of a run, finished or not, and return its path. `ending` holds the figures of
+    a run that is about to be marked as finished. BadInput where the folder is no run's."""
     folder = Path(folder)
     path = folder / PAGE
-    write_atomically(path, report_page(folder).encode())
+    write_atomically(path, report_page(folder, ending).encode())
     return path
 
 
-def report_page(folder: Path) -> str:
+def report_page(folder: Path, ending: dict[str, Any] | None = None) -> str:
     """The page, as text."""
     if not folder.exists():
         raise BadInput(no_such_path(folder))
@@ -74,7 +74,7 @@ def report_page(folder: Path) -> str:
         fault = f"{folder} is not the folder of a run; give one that a recipe has trained in"
         raise BadInput(fault + run_below(folder))
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    finished = read_finished(folder) if (folder / FINISHED).is_file() else None
+    finished = read_finished(folder) if ending is None and (folder / FINISHED).is_file() else ending
     name = folder.absolute().name
     step = (finished or {}).get("step")
     done = f"finished after {counted(step, 'step')}" if isinstance(step, int) else f"not finished: {_reached(records)}"

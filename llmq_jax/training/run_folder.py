@@ -69,6 +69,7 @@ class RunFolder:
         owner = f"{os.getpid()}\n"
         if jax.process_count() > 1:
             owner = share(f"{owner}{secrets.token_hex(8)}\n")  # a number that no older lock on another disk has
+        self._owner = owner
         try:
             together(lambda: self._take(owner, may_change) if first() else None)
             self._require_shared(owner)
@@ -107,6 +108,21 @@ class RunFolder:
                 print(f"{self.path} holds a run with other options that failed before its first step: begun anew")
                 (self.path / WANDB_ID).unlink(missing_ok=True)  # W&B would keep what the failed one has sent
             write_json_atomically(self.path / CONFIG, self.config)
+
+    def require_in_place(self) -> None:
+        """BadInput where the folder was moved or deleted since this run opened it: a checkpoint would be written in a
+        new folder of its name, or in that of a run which has begun there. All processes must ask together."""
+
+        def look() -> None:
+            lock = self.path / LOCK
+            ours = not lock.exists() or lock.read_text(errors="replace") == self._owner
+            if not (ours and (self.path / CONFIG).exists()):
+                raise BadInput(
+                    f"{self.path} was moved or deleted while this run trained in it; where it was moved, the same "
+                    "command with its new name goes on from its newest checkpoint"
+                )
+
+        together(lambda: look() if first() else None)
 
     @property
     def finished(self) -> bool:

@@ -42,13 +42,34 @@ def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_
         "deletion:12",  # in the middle of deleting an old checkpoint
         "committed:20",  # the last one, before an older one is deleted
         "plot",  # after the last checkpoint, before the run is marked as finished
+        "report",  # the same, later
     )
     code, out, errors = killed(folder, kills)
     assert (code, errors) == (0, "")
     assert "from step 20" in out
     assert_same_run(whole, folder)
     assert json.loads((folder / "finished.json").read_text())["step"] == STEPS
+    assert "finished after 20 steps" in (folder / "report.html").read_text()
     assert not [name for name in os.listdir(folder / "checkpoints") if not name.isdigit()]
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_run_whose_folder_was_moved_saves_nothing_in_its_old_place(whole, tmp_path, begun_anew):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move(step):
+        if step == 9:
+            folder.rename(moved)
+            if begun_anew:
+                (folder / "checkpoints").mkdir(parents=True)
+                (folder / "config.json").write_bytes((moved / "config.json").read_bytes())
+                (folder / "run.lock").write_text("1\n")
+
+    with pytest.raises(BadInput, match=r"run was moved or deleted while .*; where it was moved, the same command"):
+        quiet(folder, Batches(move))
+    assert not any((folder / "checkpoints").glob("*"))
+    quiet(moved)
+    assert_same_run(whole, moved)
 
 
 def test_finished_run_says_so_and_returns_its_result(whole):
