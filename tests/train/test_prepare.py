@@ -239,7 +239,8 @@ def test_of_two_that_write_one_folder_the_first_wins(tmp_path):
 
 
 def test_a_stream_that_has_grown_is_refused(tmp_path):
-    write_tokens(tmp_path / "t", ByteTokenizer(), [np.arange(5)], None, separated=False, sample="a")
+    parts = [np.arange(5)], [np.arange(7)]
+    assert write_tokens(tmp_path / "t", ByteTokenizer(), *parts, separated=False, sample="a").largest_id == 6
     with (tmp_path / "t" / "training.bin").open("ab") as file:
         file.write(b"12")
     with pytest.raises(BadInput, match=r"training\.bin has 12 bytes, not the 10 of 5 tokens"):
