@@ -69,7 +69,7 @@ def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: st
         raise BadInput(f"{folder} holds no {wanted}{skips}; put one there, or name another path")
     if counts:
         _log.warning("%s: read %d files, skipped %s", folder, len(files), counts)
-    return sorted(files, key=lambda path: path.relative_to(folder).parts)
+    return sorted(files)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -86,7 +86,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
             seen.add(real)
             folders.sort()  # of several paths to a folder, always the same one is taken
             yield where, folders, names
-            ahead += sorted(path for path in (os.path.join(where, name) for name in folders) if os.path.islink(path))
+            ahead += [path for path in (os.path.join(where, name) for name in folders) if os.path.islink(path)]
 
 
 def _cannot_list(error: OSError) -> None:

@@ -217,6 +217,7 @@ def test_too_long(read):
     assert tokenizer.decode(found.pairs[1].rejected.tokens.tolist()) == "1 + 1 = 30 or 4"
     assert found.pairs[1].rejected.cut and not found.pairs[1].chosen.cut
     assert found.tokens == 10 + 14 + 10 + 15 and [len(pair) for pair in found.pairs] == [14, 15]
+    assert tokenize_preferences(pairs, tokenizer, template="plain", context=17).truncated == 0
     found = tokenize_preferences(pairs, tokenizer, template="plain", context=15, too_long="drop")
     assert (len(found), found.truncated, found.dropped) == (1, 0, 1)
     with pytest.raises(BadInput, match=r"line 2 has 17 tokens and the context 15: shorten it, .*--too-long"):
@@ -261,6 +262,7 @@ def test_no_prompt_is_in_both_parts(read):
     # An input is part of the prompt; what is an answer is none.
     assert len({pair.prompt for pair in read(ALPACA, {**ALPACA, "input": "y"}, {**ALPACA, "chosen": "y"})}) == 2
     assert len({pair.prompt for pair in read(LISTS, IMPLICIT, {**LISTS, "prompt": [user("a")]})}) == 2
+    assert len({pair.prompt for pair in read(LISTS, {**LISTS, "tools": [{"name": "search"}]})}) == 2
 
 
 BAD = [
@@ -347,3 +349,5 @@ def test_texts_without_what_pads_them(read):
     assert (found.where, found.margin) == (pair.where, pair.margin)
     within = without_padding(pair, ord("1"))  # which begins the prompt
     assert [len(side.tokens) for side in (within.chosen, within.rejected)] == [10, 12]
+    (pair,) = tokenize_preferences(read(STRINGS), ByteTokenizer(), template="plain", context=50).pairs
+    assert len(without_padding(pair, 256).rejected.tokens) == len(pair.rejected.tokens) - 1

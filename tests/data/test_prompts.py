@@ -40,7 +40,7 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def test_strings_are_read_as_they_are(read):
+def test_strings_are_read_as_they_are(read, monkeypatch):
     records = [{"prompt": "1 + 1 =", "answer": 2}, {"prompt": " é\n", "answer": None}]
     prompts, dropped = read(records)
     assert dropped == 0
@@ -48,6 +48,8 @@ def test_strings_are_read_as_they_are(read):
     assert [prompt.tokens for prompt in prompts] == [list(prompt.text.encode()) for prompt in prompts]
     assert columns_of(prompts, 2) == {"answer": [2, 2, None, None]}
     assert prompts[1].where.endswith("prompts.jsonl: line 2")
+    monkeypatch.setattr(ByteTokenizer, "beginning", (256,))  # as Llama's begins a text
+    assert read(records)[0][0].tokens == [256, *b"1 + 1 ="]
 
 
 def test_a_format_makes_prompts_of_any_fields(read):
@@ -102,6 +104,13 @@ def test_the_chat_template_asks_for_an_answer(read, chat):
     assert read([{"prompt": "Hi"}], chat, template="chat")[0][0].text == asked
     assert read([{"prompt": "Hi"}], chat, template="plain")[0][0].text == "Hi"
     assert read([{"question": "Hi", "tools": "a hammer"}], chat, prompt_format="{question}")[0][0].text == asked
+
+
+def test_the_chat_template_is_given_a_records_tools(read, tmp_path):
+    PLAIN.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ tools[0]['name'] }}:" + CHATML)
+    (prompt,), _ = read([{"prompt": "x", "tools": [{"name": "search"}]}], FileTokenizer(tmp_path))
+    assert prompt.text.startswith("search:<|im_start|>user")
 
 
 def test_prompts_do_not_depend_on_the_day(read, tmp_path):
@@ -191,4 +200,5 @@ def test_every_row_draws_by_a_seed_of_its_own():
     assert len(set(everything)) == len(everything)
     assert step_seeds(7, 3, 16, 1) == drawn[3, 1]
     assert step_seeds(8, 3, 16, 1) != drawn[3, 1]
+    assert step_seeds(7, 3, 2, 1) == [1060801321, 3103788793]  # in every version, or a resumed run would draw others
     assert all(0 <= seed < 2**32 for seed in everything)

@@ -16,7 +16,7 @@ ROWS = [{"text": 'a "quoted" one', "label": "ham"}, {"text": "zwei, drî 😀", 
 
 
 def write(path, content):
-    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix.lower() == ".gz" else content.encode())
     return path
 
 
@@ -32,7 +32,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", ["", ".GZ"])
 @pytest.mark.parametrize("name", FILES)
 def test_formats(tmp_path, name, suffix):
     content, places = FILES[name]
@@ -44,7 +44,10 @@ def test_parquet_with_columns_of_several_types(tmp_path):
     path = tmp_path / "a.parquet"
     messages = [[{"role": "user", "content": "x"}], [{"role": "user", "content": "y"}]]
     rows = [{"text": "a", "label": 1, "messages": messages[0]}, {"text": None, "label": 0, "messages": messages[1]}]
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    tags = [[("k", 1)], None]
+    table = pa.Table.from_pylist(rows).append_column("tags", pa.array(tags, pa.map_(pa.string(), pa.int64())))
+    pq.write_table(table, path)
+    rows = [{**row, "tags": each} for row, each in zip(rows, tags, strict=True)]
     assert read_records(path) == [Record(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
@@ -108,6 +111,7 @@ def test_strings_in_json_may_stand_for_a_field(tmp_path):
     path = write(tmp_path / "a.json", '["x", {"text": "y", "id": 1}]')
     records = read_records(path, string_field="text")
     assert [record.fields for record in records] == [{"text": "x"}, {"text": "y", "id": 1}]
+    assert read_records(tmp_path, string_field="text") == records
 
 
 def test_the_text_of_a_field():

@@ -33,7 +33,7 @@ FILES = {
     "blank_lines.jsonl": "\r\n\n".join(json.dumps(text) for text in TEXTS) + "\n\n",
     "bom.jsonl": "\ufeff" + "\n".join(json.dumps(record) for record in RECORDS),
     "table.csv": csv_of(TEXTS),
-    "bom.csv": "\ufeff" + csv_of(TEXTS).replace("id,", "id,", 1),
+    "BOM.CSV": "\ufeff" + csv_of(TEXTS).replace("id,", "id,", 1),
 }
 
 
@@ -101,11 +101,12 @@ def test_json_lines_by_their_other_name_are_no_text(tmp_path):
 
 def test_folders_that_links_lead_to(tmp_path):
     """Each is read once, and a link upwards leads nowhere."""
-    for folder in ("disk/shards", "data/b", "data/.hidden"):
+    for folder in ("disk/shards", "data/b", "data/.hidden", "beside"):
         (tmp_path / folder).mkdir(parents=True)
     write(tmp_path / "disk" / "shards" / "x.txt", "linked")
     write(tmp_path / "data" / "b" / "y.txt", "own")
     write(tmp_path / "outside.txt", "no")
+    write(tmp_path / "beside" / "outside.txt", "no")
     links = {"b/up": "data", "c/above": ".", "a": "data/b", "c/train": "disk/shards", "again": "disk", ".hidden/h": "."}
     (tmp_path / "data" / "c").mkdir()
     for link, target in links.items():
@@ -223,6 +224,17 @@ def test_missing_paths_and_folders_without_text(tmp_path):
         read_documents(tmp_path)
     write(tmp_path / ".hidden", "x")
     with pytest.raises(BadInput, match=r"no readable file \(skipped: 1 hidden\); put one there"):
+        read_documents(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    """Its files are not left out without a word. Tests may run as root, who may list all."""
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(BadInput, match=r"cannot be read \(Permission denied\)$"):
         read_documents(tmp_path)
 
 

@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmq_jax.data import split_documents, split_tokens
-from llmq_jax.data.splits import shuffled_epochs
+from llmq_jax.data.splits import seeded_order, shuffled_epochs
 from llmq_jax.errors import BadInput
 
 
@@ -33,6 +33,8 @@ def test_a_seed_shuffles_epochs_as_it_always_did():
     for entropy, expected in ((3, "03124 30412 21304"), ([3, 1], "41023 21340 40123")):
         order = shuffled_epochs(5, entropy)
         assert " ".join("".join(str(order[5 * epoch + i]) for i in range(5)) for epoch in range(3)) == expected
+    assert seeded_order(5, 3).tolist() == [4, 3, 0, 1, 2]
+    assert seeded_order(5, [3, 1]).tolist() == [4, 1, 3, 2, 0]
 
 
 def test_the_last_tenth_of_a_text_as_nanogpt_takes_it():
@@ -56,3 +58,5 @@ def test_bad_splits():
             split_tokens(np.arange(10), fraction)
     with pytest.raises(BadInput, match="1 token: too few"):
         split_tokens(np.arange(1), 0.1)
+    with pytest.raises(BadInput, match="10 tokens: too few"):
+        split_tokens(np.arange(10), 1e-9)

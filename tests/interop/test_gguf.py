@@ -431,6 +431,33 @@ def test_end_tokens_by_name(tmp_path):
     assert generation.pad_token_id == 5
 
 
+@pytest.mark.parametrize(
+    ("written", "rope"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),  # as older files name the factor
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.factor": 0.0}, {"rope_type": "default"}),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        ),
+    ],
+)
+def test_what_a_file_leaves_out_is_as_in_llama_cpp(tmp_path, written, rope):
+    def change(writer):
+        for key in ("rope.freq_base", "attention.head_count_kv"):
+            del writer.kv_data[0][f"llama.{key}"]
+        for key, value in written.items():
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(f"llama.{key}", value)
+
+    path = tmp_path / "model.gguf"
+    write_llama(path, make_model(num_key_value_heads=4), change)
+    config = load(path).config
+    assert config.key_value_heads == 4
+    assert config.rope_parameters.to_dict().items() >= (rope | {"rope_theta": 10_000.0}).items()
+
+
 # Files that are not what they should be.
 
 

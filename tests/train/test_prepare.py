@@ -229,12 +229,22 @@ def test_of_two_that_write_one_folder_the_first_wins(tmp_path):
 
     def while_another_writes():
         yield np.arange(3, dtype=np.uint16)
-        write([np.arange(5, dtype=np.uint16)])
+        write([np.array(ids, np.uint16) for ids in ([3, 4], [0, 1, 2])])
 
     with pytest.raises(BadInput, match="exists already"):
         write(while_another_writes())
-    assert read_tokens(tmp_path / "t").training.tolist() == [0, 1, 2, 3, 4]
+    found = read_tokens(tmp_path / "t")
+    assert (found.training.tolist(), found.largest_id) == ([3, 4, 0, 1, 2], 4)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_stream_that_has_grown_is_refused(tmp_path):
+    parts = [np.arange(5)], [np.arange(7)]
+    assert write_tokens(tmp_path / "t", ByteTokenizer(), *parts, separated=False, sample="a").largest_id == 6
+    with (tmp_path / "t" / "training.bin").open("ab") as file:
+        file.write(b"12")
+    with pytest.raises(BadInput, match=r"training\.bin has 12 bytes, not the 10 of 5 tokens"):
+        read_tokens(tmp_path / "t")
 
 
 def test_a_full_disk_is_told_with_the_file(prepare, monkeypatch):
