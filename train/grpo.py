@@ -48,7 +48,7 @@ from train.what_trains import FineTuningOptions, TuningOptions, check_what_train
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
-FILTERS = ("top_k", "top_p", "repetition_penalty")
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 SHOWN = ("reward", "reward_std")
 
 
@@ -114,6 +114,8 @@ class AlgorithmOptions:
     """Sample from this many likeliest tokens only; 0: from all."""
     top_p: float = 1.0
     """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
+    min_p: Annotated[float | None, default_is("0")] = None
+    """Leave out tokens that are less likely than this times the likeliest one; 0: none."""
     repetition_penalty: Annotated[float | None, default_is("1")] = None
     """Make tokens that the prompt or the answer holds less likely to be sampled (above 1) or likelier (below 1); 1:
     neither."""

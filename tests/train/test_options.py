@@ -176,14 +176,14 @@ def test_options_of_grpo(reached):
     options = "--steps=4 --seed=11 --prompts-per-step=3 --group-size=2 --max-new-tokens=5 --temperature=0.7 --top-k=6"
     options += " --top-p=0.9 --iterations=2 --scale=none --loss=dapo --clip-low=0.1 --clip-high=0.4 --beta=0.2 --kl=k2"
     options += " --kl-by-ratio --reference=start --entropy-coefficient=0.01 --mask-truncated --dynamic-sampling"
-    options += " --sample-every=0 --repetition-penalty=1.1"
+    options += " --sample-every=0 --min-p=0.05 --repetition-penalty=1.1"
     base = ("--data", "PROMPTS", "--init-from", "MODEL", *options.split())
     given = reached("grpo", *base)
     (_, take_step, batches, _), named = given.run
     loop, bounds = take_step.__self__, {"clip_low": 0.1, "clip_high": 0.4}
     loss = vars(LossOptions(loss_type="dapo", **bounds, beta=0.2, kl="k2", kl_by_ratio=True, entropy_coefficient=0.01))
     assert loss.items() <= vars(loop.objective).items()
-    assert (loop.objective.temperature, loop.sampler) == (0.7, Sampler(0.7, 6, 0.9, repetition_penalty=1.1))
+    assert (loop.objective.temperature, loop.sampler) == (0.7, Sampler(0.7, 6, 0.9, 0.05, 1.1))
     assert (loop.group_size, loop.max_new_tokens, loop.iterations, loop.scale) == (2, 5, 2, "none")
     assert (loop.reference, loop.mask_truncated, loop.dynamic_sampling, loop.seed) == ("start", True, True, 11)
     assert (batches.size, batches.seed, named["updates_per_step"]) == (3, 11, 2)
