@@ -10,6 +10,9 @@ and so on, and matrices [E, K, N]:
 The work is that of the rows there are, and of at most one more tile a group. Nothing depends on the sizes but what the
 kernels read, so that the host never waits for them. Sums are in float32. On other backends Pallas interprets the
 kernels: that is for tests.
+
+JAX 0.12 announces that it will drop Pallas' Triton. It is imported where it is used, so that a JAX without it refuses
+only these kernels, and `works_here` says so.
 """
 
 import sys
@@ -23,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
@@ -93,6 +95,8 @@ def _tile_length(rows: int, groups: int) -> int:
 
 
 def _rows_times(rows: Array, matrices: Array, sizes: Array, *, transposed: bool) -> Array:
+    from jax.experimental.pallas import triton
+
     groups = len(matrices)
     depth, width = matrices.shape[:0:-1] if transposed else matrices.shape[1:]
     length = _tile_length(len(rows), groups)
@@ -127,6 +131,8 @@ def _rows_times(rows: Array, matrices: Array, sizes: Array, *, transposed: bool)
 
 def _by_group(rows: Array, grad: Array, sizes: Array, dtype: Any) -> Array:
     """[E, K, N]: for each group, its rows transposed times their gradients."""
+    from jax.experimental.pallas import triton
+
     depth, width = rows.shape[1], grad.shape[1]
     high, wide = gcd(depth, MOST), gcd(width, MOST)
     step = min(_tile_length(len(rows), len(sizes)), STEP_BYTES // rows.dtype.itemsize)
@@ -154,6 +160,8 @@ def _by_group(rows: Array, grad: Array, sizes: Array, dtype: Any) -> Array:
 
 def _call(kernel: Any, shape: Any, programs: int, length: int) -> Callable[..., Array]:
     """`length`: the height of a tile."""
+    from jax.experimental.pallas import triton
+
     on_gpu = jax.default_backend() == "gpu"
     parameters = triton.CompilerParams(num_warps=8 if length == MOST else 4, num_stages=STAGES)
     call: Callable[..., Array] = pl.pallas_call(

@@ -1,9 +1,12 @@
 """Kernels for GPUs, interpreted on a CPU, beside plain products: values and gradients."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers import expert_dispatch, grouped_product
@@ -68,10 +71,15 @@ def test_a_gpu_takes_the_kernels_only_if_they_work_there(monkeypatch, capsys):
     assert not capsys.readouterr().err
     assert works(lambda rows, dtype: np.nan if dtype == jnp.float32 else 0.01) == "blocks"
     assert works(lambda rows, dtype: 1 / 0) == "blocks"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+        patched.delattr(pallas, "triton")
+        assert works(own) == "blocks"  # as with a JAX that has no Triton any more
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(BadInput, match="dispatch='blocks' in all processes"):  # which must run the same program
         works(lambda rows, dtype: 1 / 0)
     grouped_product.works_here.cache_clear()
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2
+    assert len(told) == 3
     assert told[1].endswith("'blocks' is taken (ZeroDivisionError: division by zero)")
+    assert "'blocks' is taken (ModuleNotFoundError: import of jax.experimental.pallas.triton" in told[2]
