@@ -36,7 +36,7 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
-		-e '.[test,test-peers]' 'pytablewriter>=1'  # for which lm_eval asks in any version
+		-e '.[test,test-peers]'
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive"
 
 ## fuzz: every reader of files against 10,000 damaged inputs (`make test` tries 300)

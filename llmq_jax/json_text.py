@@ -3,11 +3,28 @@
 import json
 from typing import Any
 
+DEEPEST = 100
+"""Lists and objects within each other. Parsers read thousands, but what walks through the value may then fail."""
+
 
 def parse_json(text: str | bytes) -> Any:
     """The value that a text spells. ValueError, most often its subclass json.JSONDecodeError: it is no JSON, not UTF-8,
-    nested more deeply than Python can follow, or has an integer of thousands of digits."""
+    nested more than `DEEPEST` deep, or has an integer of thousands of digits."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        value, too_deep = None, True
+    else:
+        begun = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+        too_deep = begun > DEEPEST and _is_deeper(value)
+    if too_deep:
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _is_deeper(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inside for item in items if isinstance(item, list | dict)]
+    return bool(level)

@@ -142,6 +142,7 @@ BAD = [
     ("a.json", '[\n"x",\n}', r"broken JSON at line 3, column 1"),
     ("a.json", '{"text": "x"}\n{"text": "y"}', r"broken JSON at line 2.*name it \.jsonl"),
     ("a.json", "[" * 100_000, r"nested too deeply"),
+    ("a.json", "[" * 101 + "]" * 101, r"nested too deeply"),
     ("a.json", '["\\ud800"]', r"row 1: half a surrogate pair at character 0"),
     ("a.jsonl", '{"text": "x"}\n\n{"txt": "y"}', r"line 3 has no field 'text' \(fields found: txt\)"),
     ("a.jsonl", '{"text": "x"}\n{"text": "y"', r"broken JSON at line 2"),

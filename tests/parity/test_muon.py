@@ -74,6 +74,7 @@ def trained(request):
 
 def test_updates_equal_torch_where_its_products_are_float32(trained, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)  # since 2.15 a type that it converts to
     start, gradients, ours = trained
     for name, expected in after_torch(start, gradients).items():
         assert np.abs(expected - start[name]).max() > RATE / 10, name  # it moved

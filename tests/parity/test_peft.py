@@ -228,7 +228,8 @@ def test_several_adapters_share_their_base(llama, tmp_path):
     for other in (first, second):
         assert all(a is b for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(lm.params), strict=True))
     tokens = draw_tokens(lm)
-    np.testing.assert_array_equal(second.logits(tokens), lm.logits(tokens))
+    # Fresh adapters add 0; beside theirs, JAX 0.12 sums the other products in another order.
+    np.testing.assert_allclose(second.logits(tokens), lm.logits(tokens), atol=1e-5, rtol=0)
     assert np.abs(first.logits(tokens) - lm.logits(tokens)).max() > 0.01
     # Another adapter takes the place of the one that was there.
     np.testing.assert_array_equal(lq.load_adapter(second, folder).logits(tokens), first.logits(tokens))
