@@ -1,7 +1,7 @@
 """The folder of one run: whose it is, who trains in it, and whether it is finished.
 
     config.json    every option of the run; a command with the same options resumes it
-    run.lock       held (flock) by the process that trains here; holds its id and, with several processes, a number
+    run.lock       held (flock) by the process that trains here; holds its id and a number drawn for it
     checkpoints/   see checkpoints.py
     metrics.jsonl, samples.txt, losses.png, tensorboard/
     finished.json  the figures of the end report, once the run is finished
@@ -21,8 +21,6 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
 from llmq_jax.errors import BadInput
@@ -66,10 +64,8 @@ class RunFolder:
         self._lock: int | None = None
         self.resumed = False
         same(self.config, differences)
-        owner = f"{os.getpid()}\n"
-        if jax.process_count() > 1:
-            owner = share(f"{owner}{secrets.token_hex(8)}\n")  # a number that no older lock on another disk has
-        self._owner = owner
+        # A number that no other lock has: in containers ids of processes recur.
+        self._owner = owner = share(f"{os.getpid()}\n{secrets.token_hex(8)}\n")
         try:
             together(lambda: self._take(owner, may_change) if first() else None)
             self._require_shared(owner)
