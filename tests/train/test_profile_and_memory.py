@@ -58,7 +58,7 @@ run(main, sys.argv[1:], program="python -m train.pretrain", defaults=starting_op
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_batch_that_does_not_fit_is_one_line(text_file, tmp_path):
-    sizes = "--num-hidden-layers 2 --hidden-size 512 --num-attention-heads 2 --context 64 --steps 6 --batch-size 2048"
+    sizes = "--num-hidden-layers 2 --hidden-size 512 --num-attention-heads 2 --context 64 --steps 6 --batch-size 8192"
     sizes += " --evaluate-every 0 --sample-every 0 --remat dots"
     command = [sys.executable, "-c", SCRIPT, *sizes.split(), "--data", str(text_file), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -72,7 +72,7 @@ def test_a_batch_that_does_not_fit_is_one_line(text_file, tmp_path):
         assert part in done.stderr
     assert "GiB, gradients of 2" in done.stderr  # the compiler's figure
     assert done.stderr.endswith(
-        "; to need less, change --batch-size 2048 -> 1024 or --accumulate 1 -> 2 (the same result), "
+        "; to need less, change --batch-size 8192 -> 4096 or --accumulate 1 -> 2 (the same result), "
         "--remat dots -> full, --dtype float32 -> bfloat16\n"
     )
 
