@@ -5,7 +5,9 @@ record's fields tell which form it has:
     prompt, chosen, rejected                three strings; or a list of messages and, as answers, two strings or two
                                             lists of messages
     chosen, rejected                        two lists of messages, whose common beginning is the prompt; `prompt` may
-                                            say as a string what the user says there, as in UltraFeedback
+                                            say as a string what the user says there, as in UltraFeedback; or two
+                                            transcripts, strings whose turns begin with "Human:" and "Assistant:"
+                                            after an empty line, as in hh-rlhf (arXiv:2204.05862)
 
 `margin`, a number, may say by how much the chosen answer is better. Every form becomes two conversations that begin
 alike, and these become text and tokens as conversations do: see prompt_templates.py and instruction_batches.py.
@@ -13,6 +15,7 @@ alike, and these become text and tokens as conversations do: see prompt_template
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +39,9 @@ FORMS = {
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
 SIDES = ("chosen", "rejected")
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
+"""How a turn of a transcript begins: after an empty line, or at the beginning of the text."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def read_preferences(path: DataPath) -> Preferences:
 
 def as_preference(record: Record) -> Preference:
     """A record in any of the forms; its answers may be equal. BadInput as for `read_preferences`."""
-    record = without_nulls(record)
+    record = _transcripts_as_messages(without_nulls(record))
     where, fields = record
     form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
     if form is None:
@@ -287,10 +293,30 @@ def _answers(record: Record) -> list[tuple[Message, ...]]:
     return [message_list(record, side) for side in SIDES]
 
 
+def _transcripts_as_messages(record: Record) -> Record:
+    """The record with lists of messages in the place of its two transcripts, if it has such."""
+    texts = [record.fields.get(side) for side in SIDES]
+    transcripts = [text for text in texts if isinstance(text, str) and TURN.match(text)]
+    if "prompt" in record.fields or len(transcripts) < 2:
+        return record
+    return record._replace(fields={**record.fields, **dict(zip(SIDES, map(_turns, transcripts), strict=True))})
+
+
+def _turns(transcript: str) -> list[Message]:
+    _, *parts = TURN.split(transcript)
+    return [
+        {"role": TRANSCRIPT_ROLES[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
 def _implicit_prompt(record: Record) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
     where = record.where
     if any(isinstance(record.fields[side], str) for side in SIDES):
-        raise BadInput(f"{where}: chosen and rejected are no lists of messages: give what they answer as 'prompt'")
+        raise BadInput(
+            f"{where}: chosen and rejected are neither lists of messages nor transcripts, which begin with 'Human:': "
+            "give what they answer as 'prompt'"
+        )
     chosen, rejected = (message_list(record, side) for side in SIDES)
     common = next(
         (place for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),

@@ -1,6 +1,7 @@
 """Preference pairs in all the forms that people keep them in, as text, tokens and masks; and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from llmq_jax.data import (
 )
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.errors import BadInput
+from tests.documented import ROOT
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -102,6 +104,24 @@ def test_messages(read, chat, record):
     prompt = f"<|im_start|>user\na<|im_end|>\n{opened}b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n{opened}"
     assert chosen == (prompt, "d<|im_end|>\n")
     assert rejected == (f"{prompt}<|im_start|>user\nf<|im_end|>\n{opened}", "e<|im_end|>\ng<|im_end|>\n")
+
+
+def test_transcripts(read, chat):
+    """Turns are messages, whose common beginning is the prompt; only a speaker after an empty line begins one."""
+    talk = "\n\nHuman: a\n\nb: Human: c\n\nAssistant: d\n\nHuman:e \n\nAssistant:"
+    pairs = read({"chosen": f"{talk} f\nHuman: g", "rejected": f"{talk} h\n", "margin": 2})
+    turns = [user("a\n\nb: Human: c"), assistant("d"), user("e")]
+    same = read({"chosen": [*turns, assistant("f\nHuman: g")], "rejected": [*turns, assistant("h")]})
+    assert parts(chat, pairs, "chat") == parts(chat, same, "chat")
+    assert pairs.pairs[0].prompt == same.pairs[0].prompt and pairs.pairs[0].margin == 2
+
+
+def test_the_documented_template_writes_transcripts(read, chat):
+    (text,) = re.findall(r"```jinja\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(), re.DOTALL)
+    chat.chat_template = ChatTemplate(text, {"eos_token": END})
+    talk = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    ((chosen, rejected),) = parts(chat, read({"chosen": f"{talk} d", "rejected": f"{talk} e"}), "chat")
+    assert chosen == (talk, f" d{END}") and rejected == (talk, f" e{END}")
 
 
 @pytest.mark.parametrize("record", [LISTS, IMPLICIT], ids=["prompt", "implicit prompt"])
@@ -293,7 +313,19 @@ BAD = [
         {**LISTS, "rejected": [{"role": "tool", "content": "x"}]},
         "must begin with a message of the assistant, not of the t",
     ),
-    ({"chosen": "x", "rejected": "y"}, "chosen and rejected are no lists of messages: give what they answer as"),
+    (
+        {"chosen": "x", "rejected": "y"},
+        "neither lists of messages nor transcripts, which begin with 'Human:': give what",
+    ),
+    ({"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "z"}, "neither lists of messages nor transcripts"),
+    (
+        {side: f"\n\nHuman: {side}\n\nAssistant: y" for side in ("chosen", "rejected")},
+        "must begin with the same messages",
+    ),
+    (
+        {side: f"\n\nHuman: x\n\nHuman: {side}" for side in ("chosen", "rejected")},
+        "must begin with a message of the assis",
+    ),
     ({"chosen": [assistant("x")], "rejected": [assistant("y")]}, "must begin with the same messages, the prompt"),
     ({"chosen": IMPLICIT["chosen"], "rejected": LISTS["prompt"]}, "rejected has no answer after the prompt"),
     ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "must begin with the same"),
