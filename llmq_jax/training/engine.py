@@ -487,6 +487,8 @@ class _Loop:
             mfu=self.pace.mfu(mean_speed),
             peak_memory_bytes=peak_memory_bytes(),
         )
+        if self.folder is not None:
+            self.folder.require_in_place()
         if self.folder is not None and processes.first():
             if self.options.plot and (self.options.log_every or self.validation.losses):
                 if is_rewarded(read_records(self.folder.path)):

@@ -71,6 +71,22 @@ def test_a_run_whose_folder_was_moved_saves_nothing_in_its_old_place(whole, tmp_
     assert_same_run(whole, moved)
 
 
+def test_nor_does_it_write_a_report_there(whole, tmp_path):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+
+    def moving_sample(variables, step):
+        if step == STEPS:  # its checkpoint, the last one, is saved
+            folder.rename(moved)
+            RunFolder(folder, json.loads((moved / "config.json").read_bytes())).close()
+        return tiny_run.sample(variables, step)
+
+    with pytest.raises(BadInput, match="run was moved or deleted while"):
+        quiet(folder, sample=moving_sample)
+    assert not (folder / "finished.json").exists() and not (folder / "report.html").exists()
+    quiet(moved)
+    assert_same_run(whole, moved)
+
+
 def test_finished_run_says_so_and_returns_its_result(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
     result, said = quiet(whole, Batches(lambda step: pytest.fail("trained again")))
