@@ -148,7 +148,7 @@ def save_hf(
     dtype = float_type(dtype)
     config, variables = config_to_hf(lm.config), merge_when_read(spread(lm.variables))
     tensors = weight_table(lm.config.model_type).lazy_state_dict(variables, lm.config, dtype)
-    config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
+    config |= lm.generation.token_ids() | {"dtype": weight_type(tensors).name}
     changed_files: dict[str, bytes] = {}
     if lm.config.labels is None:
         # As `padding_idx` of transformers' embedding it would keep its row, often that of the end token, from being
