@@ -169,9 +169,7 @@ UNDERIVABLE = (
 )
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The config's fields, from the shapes of weights that come without a config."""
     attention, moe = "params/{block}/attention", "params/{block}/moe"
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
@@ -199,5 +197,4 @@ def derive(
         "attention_bias": f"{attention}/out/bias" in shapes,
         **sparse,
         **({"intermediate_size": dense[-1]} if dense else {}),
-        "tie_word_embeddings": tied,
     }

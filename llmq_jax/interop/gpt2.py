@@ -184,9 +184,7 @@ CONFIG = ConfigTable(
 )
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Config fields of weights that come without a config; shapes do not tell the number of heads."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     positions, _ = shapes["params/position_embedding/embedding"]
@@ -198,5 +196,4 @@ def derive(
         "num_hidden_layers": layers,
         "intermediate_size": None if width == 4 * hidden_size else width,
         "activation_function": "gelu" if layout in ("original", "nanogpt") else "gelu_new",
-        "tie_word_embeddings": tied,
     }

@@ -168,11 +168,9 @@ MISTRAL_CONFIG = ConfigTable(
 )
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Config fields of weights that come without a config; shapes do not tell the number of heads."""
-    return derive_sizes(shapes, layers, tied, given) | {
+    return derive_sizes(shapes, layers, given) | {
         "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
         "attention_output_bias": "params/{block}/attention/out/bias" in shapes,
         "intermediate_size": gated_width(shapes),
@@ -180,7 +178,7 @@ def derive(
     }
 
 
-def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+def derive_sizes(shapes: Mapping[str, Shape], layers: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """The config fields that shapes tell of any decoder with grouped-query attention."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
@@ -192,7 +190,6 @@ def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Ma
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "attention_bias": "params/{block}/attention/query/bias" in shapes,
-        "tie_word_embeddings": tied,
     }
 
 

@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -160,6 +160,16 @@ class WeightTable:
     """Tables with other names for all tensors, which some files of this layout have; they are read and never
     written."""
 
+    def with_rules(self, before: str, *rules: Rule) -> "WeightTable":
+        """The table with more rules, in front of the rule for our parameter `before`; they replace those for the same
+        leaves."""
+        at = next(i for i, entry in enumerate(self.rules) if entry.path == f"{PARAMS}/{before}")
+        filled = {entry.path for entry in rules}
+        first, last = (
+            [entry for entry in part if entry.path not in filled] for part in (self.rules[:at], self.rules[at:])
+        )
+        return replace(self, rules=(*first, *rules, *last))
+
     def spelling(self, names: Iterable[str]) -> "WeightTable":
         """This table or one of its other spellings, the one that knows most of these names."""
         names = tuple(names)
@@ -290,16 +300,23 @@ class WeightTable:
             return state
         others = [name for name in state if name.startswith(self.beside)]
         if others:
-            where = [prefix.rstrip(".") for prefix in self.beside if any(name.startswith(prefix) for name in others)]
-            warn(f"{len(others)} tensors of other parts are ignored: {', '.join(where)}")
+            warn(f"{len(others)} tensors of other parts are ignored: {self.parts_of(others)}")
         part: dict[str, Any] = {}
         for name in state:
             if not name.startswith(self.beside):
-                prefix = next((prefix for prefix in self.within if name.startswith(prefix)), "")
-                own = self.within.get(prefix, "") + name.removeprefix(prefix)
+                own = self.own_name(name)
                 twice = own != name and (own in state or own in part)
                 part[name if twice else own] = state[name]
         return part
+
+    def parts_of(self, others: Iterable[str]) -> str:
+        """The larger model's other parts that these names are of."""
+        return ", ".join(part.rstrip(".") for part in self.beside if any(name.startswith(part) for name in others))
+
+    def own_name(self, name: str) -> str:
+        """The name that a tensor of a larger model, or a module, has in our part alone."""
+        prefix = next((prefix for prefix in self.within if name.startswith(prefix)), "")
+        return self.within.get(prefix, "") + name.removeprefix(prefix)
 
     def _names(self, state: Mapping[str, Any], placements: list[Placement]) -> dict[str, str]:
         """{the table's name: the name in `state`}; they differ where `state` leaves the prefix out."""
