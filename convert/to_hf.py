@@ -32,12 +32,13 @@ class Options:
 def main(options: Options) -> None:
     from llmq_jax.interop import huggingface, peft_writer
     from llmq_jax.model_files import load
+    from llmq_jax.whole_folders import check_target
 
     if options.base is not None and not options.adapter:
         raise BadInput("--base has no effect without --adapter; leave it out")
     target = Path(options.target).expanduser().resolve()
     written = peft_writer if options.adapter else huggingface
-    huggingface.check_target(target, options.overwrite, written.CONFIG, written.EXPORTED)  # a model is read for minutes
+    check_target(target, options.overwrite, written.CONFIG, written.EXPORTED)  # a model is read for minutes
     lm = load(options.source)
     refuse_mean_pooling(Path(options.source))
     if options.adapter:

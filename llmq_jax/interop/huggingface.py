@@ -9,8 +9,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,7 +37,7 @@ from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
 from llmq_jax.layers.lora import merge_when_read, spread
 from llmq_jax.weight_type import weight_type
-from llmq_jax.whole_folders import whole_folder
+from llmq_jax.whole_folders import check_target, whole_folder
 
 if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel
@@ -62,6 +61,7 @@ DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", *TOKENIZER_DOWN
 DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
 # Patterns match across slashes, and subfolders hold other formats of the same weights.
 NOT_DOWNLOADED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin")
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
 class Contents(NamedTuple):
@@ -156,7 +156,7 @@ def save_hf(
         config["pad_token_id"] = None
     else:
         config["pad_token_id"], changed_files = padding(lm)
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, CONFIG, EXPORTED)
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)
         write_json(partial / GENERATION_CONFIG, lm.generation.to_hf())
@@ -208,15 +208,18 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any =
     if path.exists():
         return path
     name = str(name)
-    parent = path.parent if "/" in name else None
-    if parent is not None and parent.is_dir():
+    is_path = name.startswith(".") or ("/" in name and path.parent.is_dir())
+    if is_path or not re.fullmatch(rf"{HUB_NAME}(@[\w./-]+)?", name):
         raise BadInput(no_such_path(name))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith("."):
-        raise BadInput(f"{name}: there is no such file or folder")
-    return download(name, tokenizer=tokenizer, config=config)
+    return _download(name, tokenizer, config)
 
 
-def download(name: str, *, tokenizer: bool = False, config: Any = None) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a name, without a revision, can be a hub id ("org/name") and is not a path that exists."""
+    return re.fullmatch(HUB_NAME, name) is not None and not Path(name).exists()
+
+
+def _download(name: str, tokenizer: bool, config: Any) -> Path:
     """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision") or, for a `tokenizer`, of its
     files without weights, fetched unless it is there already. Only weights, JSON and text are fetched: no code, and no
     pickle where there are safetensors. `config`: see `find`."""
@@ -308,22 +311,3 @@ def _read_generation_config(
         if end is not None and end < config.vocab_size:
             said.setdefault("eos_token_id", end)
         return GenerationConfig.from_hf(said)
-
-
-def check_target(folder: Path, overwrite: bool, needed: str = CONFIG, exported: Collection[str] = EXPORTED) -> None:
-    """BadInput unless an export may go to a folder: a new or empty one or, with `overwrite`, an earlier export, which
-    has a file `needed` and only files that match `exported`."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is a file; name a folder that does not exist")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise BadInput(
-            f"{folder}: is not empty; name another folder, or replace an earlier export with --overwrite (in Python: "
-            "overwrite=True)"
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in exported)]
-    if foreign or needed not in names:
-        odd = f"holds {foreign[0]}" if foreign else f"has no {needed}"
-        raise BadInput(f"{folder}: {odd}, so it is no earlier export and is not overwritten")

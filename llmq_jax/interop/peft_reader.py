@@ -11,12 +11,12 @@ from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import weight_table
+from llmq_jax.interop.huggingface import is_hub_id
 from llmq_jax.interop.peft import (
     CONFIG,
     PREFIX,
     Site,
     experts_module,
-    is_hub_id,
     memory_table,
     open_tensors,
     sites_of,

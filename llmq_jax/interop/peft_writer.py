@@ -15,8 +15,8 @@ from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import PARTS
 from llmq_jax.interop.huggingface import CONFIG as BASE_CONFIG
-from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
+from llmq_jax.interop.huggingface import GENERATION_CONFIG, is_hub_id
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
 from llmq_jax.interop.peft_whole import EMBEDDING, module_name
 from llmq_jax.interop.safetensors_files import save_tensors
 from llmq_jax.interop.tables import in_out
@@ -38,7 +38,7 @@ from llmq_jax.layers.lora import (
     spread,
 )
 from llmq_jax.models.heads import LM_HEAD
-from llmq_jax.whole_folders import whole_folder
+from llmq_jax.whole_folders import check_target, whole_folder
 
 ALONE = "model."
 """What names of modules begin with in a model that is no part of another; a head's does not."""

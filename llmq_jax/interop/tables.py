@@ -245,15 +245,15 @@ class WeightTable:
             placements = [part for part in placements if part.path[0] == PARAMS]
         leaves = flatten_dict(variables)
         wrong = [
-            f"{_name(path)} is {_shape(leaf)} instead of {_shape(expected[path])}"
+            f"{'/'.join(path)} is {list(leaf.shape)} instead of {list(expected[path].shape)}"
             for path, leaf in leaves.items()
             if path in expected and leaf.shape != expected[path].shape
         ]
         named = {placement.path for placement in placements}
         homeless = [path for path in leaves if path not in named]
         problems = [
-            *_listed("missing", [_name(path) for path in expected if path not in leaves]),
-            *_listed("without a place in this layout", [_name(path) for path in homeless]),
+            *_listed("missing", ["/".join(path) for path in expected if path not in leaves]),
+            *_listed("without a place in this layout", ["/".join(path) for path in homeless]),
             *_listed("of another shape", wrong),
             *([KEEP] if any(path in expected for path in homeless) else []),  # not for leaves foreign to the model
         ]
@@ -356,7 +356,7 @@ class WeightTable:
             ours = placement.our_shape(leaves[placement.path].shape)
             theirs = placement.transform.their_shape(ours)
             if tuple(tensor.shape) != theirs:
-                wrong.append(f"{names[key]} is {_shape(tensor)} instead of {list(theirs)}")
+                wrong.append(f"{names[key]} is {list(tensor.shape)} instead of {list(theirs)}")
             elif not jnp.issubdtype(tensor.dtype, jnp.floating):
                 wrong.append(f"{names[key]} has the type {tensor.dtype}")
         untied = []
@@ -380,7 +380,7 @@ class WeightTable:
             *_listed("unread", unread),
             *_listed("there twice, with and without a prefix", duplicates),
             *_listed("of another shape or type", wrong),
-            *_listed("of ours without a name in this layout", [_name(p) for p in leaves if p not in filled]),
+            *_listed("of ours without a name in this layout", ["/".join(p) for p in leaves if p not in filled]),
             *untied,
         ]
 
@@ -466,15 +466,7 @@ def _check_sizes(leaves: Mapping[Path, Any]) -> None:
     """BadInput for sizes that no memory holds: they are from a damaged config, and NumPy may not take such shapes."""
     for path, leaf in leaves.items():
         if math.prod(leaf.shape) >= 2**48:
-            raise BadInput(f"{_name(path)} would be {_shape(leaf)} by the config, which no memory holds")
-
-
-def _name(path: Path) -> str:
-    return "/".join(path)
-
-
-def _shape(tensor: Any) -> list[int]:
-    return list(tensor.shape)
+            raise BadInput(f"{'/'.join(path)} would be {list(leaf.shape)} by the config, which no memory holds")
 
 
 def _listed(label: str, names: list[str]) -> list[str]:
