@@ -161,8 +161,8 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
         derived = tables.derive(shapes, layers, layout, fields) | {"tie_word_embeddings": table.is_tied(state)}
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise BadInput(f"the weights are not those of {model_type} in the layout {layout!r}: no config fits") from error
-    if SCORE.path in shapes:
-        derived["labels"] = numbered_labels(shapes[SCORE.path][0])
+    if (head := "score/kernel") in shapes:
+        derived["labels"] = numbered_labels(shapes[head][0])
     config = override(tables.config.config_class(), **derived | fields)
     if layout == "hf" and (assumed := [name for name in ASSUMED if hasattr(config, name) and name not in fields]):
         values = {name: getattr(config, name) for name in assumed}

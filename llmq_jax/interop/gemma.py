@@ -19,7 +19,7 @@ from llmq_jax.interop.configs import CLASSIFIER_FIELDS, GROUPED, NULL_DROPOUT, C
 from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.qwen import with_norms
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
-from llmq_jax.interop.tables import KEEP, Shape, rule, vector
+from llmq_jax.interop.tables import Shape, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 
@@ -49,8 +49,8 @@ def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> 
     kinds = values.get("layer_types")
     if values.get("sliding_window", 0) is None and isinstance(kinds, list) and LOCAL not in kinds:
         values = {name: value for name, value in values.items() if name != "sliding_window"}
-    window, longest = (getattr(config_class, name) for name in ("sliding_window", "max_position_embeddings"))
-    window, longest = values.get("sliding_window", window), values.get("max_position_embeddings", longest)
+    window = values.get("sliding_window", config_class.sliding_window)
+    longest = values.get("max_position_embeddings", config_class.max_position_embeddings)
     shorter = type(window) is type(longest) is int and window > longest
     return values | {"sliding_window": longest} if shorter else values
 
@@ -98,7 +98,7 @@ _SHARED = """
     attention_bias final_logit_softcapping hidden_activation layer_types query_pre_attn_scalar sliding_window
 """
 SHARED = GROUPED | set(_SHARED.split())
-OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}
+OWN = {"norm": "zero_centred_rms_norm", "experts": None}
 # The activation is hidden_activation's, whatever hidden_act says; caches are ours.
 IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})
 
@@ -121,7 +121,7 @@ GEMMA3_CONFIG = ConfigTable(
     shared=SHARED | {"local_rope_parameters"},  # `write_gemma3` puts it into rope_parameters
     # transformers has the field, and nothing reads it: it computes as if it were null.
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
-    own=OWN | {"attn_logit_softcapping": (None, KEEP)},
+    own=OWN | {"attn_logit_softcapping": None},
     ignored=IGNORED | {"_sliding_window_pattern"},
     null=NULL_DROPOUT,
     read=read_gemma3,

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -227,16 +227,18 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, _, revision = name.partition("@")
-    wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
-    wanted["ignore_patterns"] = list(NOT_DOWNLOADED)
+
+    def fetched(patterns: Sequence[str]) -> Path:
+        wanted: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(NOT_DOWNLOADED)}
+        return Path(snapshot_download(repo_id=repository, revision=revision or None, **wanted))
+
     try:
-        folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED))
+        folder = fetched(TOKENIZER_DOWNLOADED)
         if not tokenizer:
-            _refuse_by_config(Path(folder), config)
-            # All once more, of one commit: the name may mean another by now.
-            folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED))
-            if not (is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()):
-                folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS))
+            _refuse_by_config(folder, config)
+            folder = fetched(DOWNLOADED)  # all once more, of one commit: the name may mean another by now
+            if not (is_safetensors(folder) or (folder / "adapter_model.safetensors").is_file()):
+                folder = fetched(DOWNLOADED_WITHOUT_SAFETENSORS)
     except BadInput:
         raise
     except LocalEntryNotFoundError as error:
@@ -260,12 +262,12 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"
         ) from error
-    if not Path(folder).is_dir():  # nothing was fetched
+    if not folder.is_dir():  # nothing was fetched
         raise BadInput(
             f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, fetch one and "
             "give its path"
         )
-    return Path(folder)
+    return folder
 
 
 def _refuse_by_config(folder: Path, config: Any) -> None:

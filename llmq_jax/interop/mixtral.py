@@ -80,6 +80,6 @@ def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping
     """The config's fields, from the shapes of weights that come without a config; they do not tell how many experts a
     token uses."""
     return llama3.derive_sizes(shapes, layers, given) | {
-        "num_local_experts": shapes["params/{block}/moe/router/kernel"][0],
-        "intermediate_size": shapes["params/{block}/moe/down_kernel"][-1],
+        "num_local_experts": shapes["moe/router/kernel"][0],
+        "intermediate_size": shapes["moe/down_kernel"][-1],
     }

@@ -19,7 +19,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3, mixtral
 from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import KEEP, Shape, WeightTable, rule, vector
+from llmq_jax.interop.tables import Shape, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
@@ -108,12 +108,12 @@ def derive_experts(shapes: Mapping[str, Shape], layers: int, layout: str, given:
     dense."""
     derived = mixtral.derive(shapes, layers, layout, given)
     derived["moe_intermediate_size"] = derived.pop("intermediate_size")
-    dense = "params/{block}/mlp/gate/kernel" in shapes
+    dense = "mlp/gate/kernel" in shapes
     return derived | ({"intermediate_size": llama3.gated_width(shapes)} if dense else {})
 
 
 SHARED = GROUPED | {"hidden_act", "layer_types", "sliding_window"}
-OWN = llama3.OWN | {"mlp_bias": (False, KEEP)}
+OWN = llama3.OWN | {"mlp_bias": False}
 # A field of Qwen's multimodal models that is in the files of other models too, where nothing reads it.
 IGNORED = frozenset({"use_mrope"})
 
@@ -122,7 +122,7 @@ QWEN2_CONFIG = ConfigTable(
     architecture="Qwen2ForCausalLM",
     classifier="Qwen2ForSequenceClassification",
     shared=SHARED,
-    own=OWN | {"attention_bias": (True, KEEP), "attention_output_bias": (False, KEEP)},
+    own=OWN | {"attention_bias": True, "attention_output_bias": False},
     ignored=IGNORED,
     read=read_qwen,
     write=write_qwen2,

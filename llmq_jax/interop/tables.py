@@ -276,16 +276,18 @@ class WeightTable:
         return any(_matches(key, full) for full in (name, self.optional_prefix + name) for key in known)
 
     def survey(self, state: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
-        """What `state` tells about its config: ({a rule's path: the shape of their tensor}, the number of layers)."""
+        """What `state` tells about its config: ({path of our leaf, within its block: the shape of their tensor}, the
+        number of layers)."""
         shapes: dict[str, Shape] = {}
         layers = set()
         for name in state:
             for entry in self.rules:
                 match = _matches(entry.key, name) or _matches(entry.key, self.optional_prefix + name)
                 if match:
-                    shapes.setdefault(entry.path, tuple(_tensor(state, name).shape))
-                    layers |= {match["layer"]} if "layer" in match.groupdict() else set()
-        return shapes, len(layers)
+                    path = entry.path.partition("/")[2].removeprefix("{block}/")
+                    shapes.setdefault(path, tuple(_tensor(state, name).shape))
+                    layers.add(match.groupdict().get("layer"))
+        return shapes, len(layers - {None})
 
     def is_tied(self, state: Mapping[str, Any]) -> bool:
         """Whether every tensor that may repeat another one does so, or is absent."""
