@@ -94,11 +94,8 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
     return load_weights(path, source, layout, config, dtype)
 
 
-def load_weights(
-    path: str | os.PathLike[str], source: Path, layout: str = "hf", config: Any = None, dtype: Any = None
-) -> LanguageModel:
+def load_weights(path: str | os.PathLike[str], source: Path, layout: str, config: Any, dtype: Any) -> LanguageModel:
     """`load` for anything but a checkpoint of ours or an adapter; `path` is the name that the user gave."""
-    dtype = float_type(dtype)
     if is_nanogpt(source):
         if layout not in ("hf", NANOGPT):
             raise BadInput(f"{path}: is a checkpoint of nanoGPT's; layout={layout!r} would have no effect")

@@ -285,14 +285,11 @@ def float_type(dtype: Any) -> np.dtype | None:
     one byte, whose range weights exceed without scales beside them."""
     if dtype is None:
         return None
-    known: np.dtype | None
-    try:
-        known = jnp.dtype(dtype)
-    except TypeError:
-        known = None
-    if known is None or not jnp.issubdtype(known, jnp.floating) or known.itemsize == 1:
-        raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
-    return known
+    with contextlib.suppress(TypeError):
+        known: np.dtype = jnp.dtype(dtype)
+        if jnp.issubdtype(known, jnp.floating) and known.itemsize > 1:
+            return known
+    raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
 
 
 def _read_generation_config(

@@ -55,9 +55,9 @@ def write_adapter(
     variables: dict[str, Any],
     config: Any,
     folder: str | os.PathLike[str],
-    base: str = "",
-    overwrite: bool = False,
-    text_files: Any = None,
+    base: str,
+    overwrite: bool,
+    text_files: Any,
 ) -> Path:
     """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them, for
     one of the hub also "org/name@revision". If that is a multimodal model, of which ours is a part, names are as in it.
@@ -105,8 +105,7 @@ def write_adapter(
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         save_tensors(tensors, partial / WEIGHTS)
-        if text_files is not None:
-            text_files.save(partial)
+        text_files.save(partial)
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, partial / CARD)
     return folder

@@ -163,12 +163,13 @@ class WeightTable:
     def with_rules(self, before: str, *rules: Rule) -> "WeightTable":
         """The table with more rules, in front of the rule for our parameter `before`; they replace those for the same
         leaves."""
-        at = next(i for i, entry in enumerate(self.rules) if entry.path == f"{PARAMS}/{before}")
-        filled = {entry.path for entry in rules}
-        first, last = (
-            [entry for entry in part if entry.path not in filled] for part in (self.rules[:at], self.rules[at:])
-        )
-        return replace(self, rules=(*first, *rules, *last))
+        filled, merged = {entry.path for entry in rules}, list[Rule]()
+        for entry in self.rules:
+            if entry.path == f"{PARAMS}/{before}":
+                merged += rules
+            if entry.path not in filled:
+                merged.append(entry)
+        return replace(self, rules=tuple(merged))
 
     def spelling(self, names: Iterable[str]) -> "WeightTable":
         """This table or one of its other spellings, the one that knows most of these names."""
