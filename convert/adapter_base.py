@@ -104,7 +104,7 @@ def run_options(path: Path) -> dict[str, Any]:
 
 def is_lost_path(name: str) -> bool:
     """Whether a name that is not on this disk can only be a path, not a hub id."""
-    from llmq_jax.interop.peft import is_hub_id
+    from llmq_jax.interop.huggingface import is_hub_id
 
     parent = Path(name).parent
     return not is_hub_id(name.partition("@")[0]) or name.endswith(PATH_ENDINGS) or ("/" in name and parent.is_dir())

@@ -176,15 +176,14 @@ def _folder(options: Options) -> Iterator[Path]:
 
 def _read_config(folder: Path) -> Any:
     from llmq_jax.interop import config_from_hf
+    from llmq_jax.interop.huggingface import located
     from llmq_jax.interop.tensor_files import read_json
 
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder}: has no config.json; give a Hugging Face folder (python -m convert.to_hf writes one)")
-    try:
+    with located(path):
         config = config_from_hf(read_json(path))
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
     rope = getattr(config, "rope_parameters", None)
     if rope is not None and rope.rope_type == "dynamic":
         # To transformers max_position_embeddings is the trained length, and longer rows are allowed: only these scale.

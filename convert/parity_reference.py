@@ -231,13 +231,10 @@ def _text_model(model: Any) -> Any:
 def random_model(model_type: str, seed: int = 0) -> Any:
     """A small model of an architecture, with every parameter drawn at random."""
     transformers = import_transformers()
-    config = random_config(model_type, seed)
-    values = {
-        name: value for name, value in config_to_hf(config).items() if name not in ("architectures", "model_type")
-    }
+    values = config_to_hf(random_config(model_type, seed))
     # The usual ones are outside so small a vocabulary.
     token_ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    theirs = transformers.AutoConfig.for_model(model_type, **values | token_ids)
+    theirs = transformers.AutoConfig.for_model(**values | token_ids)
     model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").eval()
     randomise(model, seed)
     return model

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from convert.parity_reference import Pass
 from convert.parity_weights import IN_A_LAYER, IN_ALL_LAYERS, Difference, LayerPaths, home
@@ -151,7 +152,8 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[in
     outputs: dict = {}
 
     def note(layer: int | None, captured: dict) -> set[ModulePath]:
-        notes = dict(_flatten(captured.get("intermediates", {})))
+        recorded = flatten_dict(captured.get("intermediates", {}))
+        notes = {path: value for path, value in recorded.items() if path[-1] in (INPUT, OUTPUT)}
         for (*path, kind), value in notes.items():
             array = next((leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
             if array is not None:
@@ -188,14 +190,6 @@ def _recorded(module: nn.Module, method: str, variables: dict, *args: Any) -> An
 
     with nn.intercept_methods(note_input):
         return module.apply(variables, *args, method=method, capture_intermediates=True, mutable=["intermediates"])
-
-
-def _flatten(tree: Mapping[str, Any], path: ModulePath = ()) -> Iterable[tuple[ModulePath, Any]]:
-    for name, value in tree.items():
-        if name in (INPUT, OUTPUT):
-            yield (*path, name), value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, (*path, name))
 
 
 def compare(

@@ -32,12 +32,13 @@ class Options:
 def main(options: Options) -> None:
     from llmq_jax.interop import huggingface, peft_writer
     from llmq_jax.model_files import load
+    from llmq_jax.whole_folders import check_target
 
     if options.base is not None and not options.adapter:
         raise BadInput("--base has no effect without --adapter; leave it out")
     target = Path(options.target).expanduser().resolve()
     written = peft_writer if options.adapter else huggingface
-    huggingface.check_target(target, options.overwrite, written.CONFIG, written.EXPORTED)  # a model is read for minutes
+    check_target(target, options.overwrite, written.CONFIG, written.EXPORTED)  # a model is read for minutes
     lm = load(options.source)
     refuse_mean_pooling(Path(options.source))
     if options.adapter:
@@ -76,7 +77,7 @@ def wide_enough(lm: Any, dtype: str | None) -> Any:
     from llmq_jax.layers.lora import LORA
     from llmq_jax.weight_type import weight_type
 
-    if LORA not in lm.variables or dtype in (None, weight_type(jax.tree.leaves(lm.params)).name):
+    if LORA not in lm.variables or dtype in (None, weight_type(lm.params).name):
         return lm
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
     return lm.replace(variables={**lm.variables, "params": params})
@@ -84,12 +85,10 @@ def wide_enough(lm: Any, dtype: str | None) -> Any:
 
 def type_written(lm: Any, dtype: str | None) -> str:
     """One line on the type of the written weights and, where none was asked for, on what another type would give."""
-    import jax
-
     from llmq_jax.layers.lora import LORA
     from llmq_jax.weight_type import weight_type
 
-    own = weight_type(jax.tree.leaves(lm.params)).name
+    own = weight_type(lm.params).name
     if dtype is None and own == "float32":
         return "written in float32, that of the model; --dtype bfloat16 halves it"
     if dtype is None and LORA in lm.variables:

@@ -98,9 +98,7 @@ def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageM
     return _with_own_text_files(adapted, path)
 
 
-def load_with_base(
-    folder: Path, layout: str = "hf", config: Any = None, dtype: Any = None, is_path: bool = True
-) -> LanguageModel:
+def load_with_base(folder: Path, layout: str, config: Any, dtype: Any, is_path: bool) -> LanguageModel:
     """The base that a PEFT folder names, with the folder's adapters; see `load`. As in transformers, a model in the
     folder itself is the base whatever the name says, unless the folder is a copy from the hub (`is_path` False) that
     names a base: there, weights beside adapters may have them merged already."""

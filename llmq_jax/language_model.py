@@ -395,8 +395,7 @@ class LanguageModel:
         return tokens, positions, segment_ids
 
     def __repr__(self) -> str:
-        params = jax.tree.leaves(self.params)
-        count, dtype = sum(leaf.size for leaf in params), weight_type(params)
+        count, dtype = sum(leaf.size for leaf in jax.tree.leaves(self.params)), weight_type(self.params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
         adapters, gone = "", ", weights gone in training" if is_consumed(self.variables) else ""
         if LORA in self.variables and not gone:
@@ -438,7 +437,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     fresh = config.initializer_range * jax.random.normal(
         jax.random.key(whole(seed, "seed")), kernel.shape, kernel.dtype
     )
-    variables["params"][SCORE] = {"kernel": fresh.astype(weight_type(jax.tree.leaves(lm.params)))}
+    variables["params"][SCORE] = {"kernel": fresh.astype(weight_type(lm.params))}
     return lm.replace(config=config, variables=variables)
 
 

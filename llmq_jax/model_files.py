@@ -21,7 +21,6 @@ from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
     GENERATION_CONFIG,
-    check_target,
     find,
     float_type,
     is_hf,
@@ -38,7 +37,7 @@ from llmq_jax.language_model import LanguageModel, differing_weight
 from llmq_jax.models import ARCHITECTURES, PRESETS, architecture, build, fields_from_text, override
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
-from llmq_jax.whole_folders import whole_folder
+from llmq_jax.whole_folders import check_target, whole_folder
 
 
 def load(
@@ -95,11 +94,8 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
     return load_weights(path, source, layout, config, dtype)
 
 
-def load_weights(
-    path: str | os.PathLike[str], source: Path, layout: str = "hf", config: Any = None, dtype: Any = None
-) -> LanguageModel:
+def load_weights(path: str | os.PathLike[str], source: Path, layout: str, config: Any, dtype: Any) -> LanguageModel:
     """`load` for anything but a checkpoint of ours or an adapter; `path` is the name that the user gave."""
-    dtype = float_type(dtype)
     if is_nanogpt(source):
         if layout not in ("hf", NANOGPT):
             raise BadInput(f"{path}: is a checkpoint of nanoGPT's; layout={layout!r} would have no effect")
@@ -131,8 +127,8 @@ def has_config(source: Path) -> bool:
 
     folder = source.parent if source.is_file() else source
     has_file = any((folder / name).is_file() for name in (CONFIG, HPARAMS))
-    with_config = (is_nanogpt, is_gguf, is_adapter)
-    return has_file or any(test(source) for test in with_config) or find_checkpoint(source) is not None
+    has_own = is_nanogpt(source) or is_gguf(source) or is_adapter(source)
+    return has_file or has_own or find_checkpoint(source) is not None
 
 
 def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> dict[str, Any]:
@@ -195,7 +191,7 @@ class TextFiles:
             warn_of_ignored(values, folder / GENERATION_CONFIG)
             return cls(tokenizer, GenerationConfig.from_hf(values))
         end = None if tokenizer is None else tokenizer.end_of_text
-        return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
+        return cls(tokenizer, GenerationConfig.from_hf({"eos_token_id": end}))
 
 
 def agreed(action: Callable[[], Any]) -> Any:

@@ -67,7 +67,7 @@ def with_config(
     of_other_shapes = {name: there[origins[name]].shape for name in unknown if origins[name] in there}
     _check(wanted, unknown, of_other_shapes, [name for name in left if name not in left_out])
 
-    old, dtype = flatten_dict(lm.variables), weight_type(jax.tree.leaves(lm.params))
+    old, dtype = flatten_dict(lm.variables), weight_type(lm.params)
     paths = {wanted[name].path for name in drawn}
     new = jax.jit(lambda: {path: leaf for path, leaf in flatten_dict(init(config, seed)).items() if path in paths})()
 

@@ -2,15 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 
-def weight_type(arrays: Iterable[Any]) -> np.dtype:
-    """The type of most of the elements; of two that are equally common, the larger one."""
+def weight_type(tree: Any) -> np.dtype:
+    """The type of most of the elements of a tree of arrays; of two that are equally common, the larger one."""
     counts: Counter[np.dtype] = Counter()
-    for array in arrays:
+    for array in jax.tree.leaves(tree):
         counts[np.dtype(array.dtype)] += math.prod(array.shape)
     return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize))

@@ -1,10 +1,13 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written whole or not at all, and what they may take the place of."""
 
 import contextlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
+
+from llmq_jax.errors import BadInput
 
 
 @contextlib.contextmanager
@@ -30,3 +33,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
     if earlier.exists():
         shutil.rmtree(earlier)
+
+
+def check_target(folder: Path, overwrite: bool, needed: str, exported: Collection[str]) -> None:
+    """BadInput unless an export may go to a folder: a new or empty one or, with `overwrite`, an earlier export, which
+    has a file `needed` and only files that match the patterns `exported`."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; name a folder that does not exist")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise BadInput(
+            f"{folder}: is not empty; name another folder, or replace an earlier export with --overwrite (in Python: "
+            "overwrite=True)"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in exported)]
+    if foreign or needed not in names:
+        odd = f"holds {foreign[0]}" if foreign else f"has no {needed}"
+        raise BadInput(f"{folder}: {odd}, so it is no earlier export and is not overwritten")

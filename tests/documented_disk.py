@@ -17,7 +17,7 @@ import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer, FileTokenizer
 from llmq_jax.data.gpt2_vocabulary import byte_characters
 from tests.documented import ROOT
-from tests.interop.test_gguf import make_model, write_llama
+from tests.interop.llama_cpp import make_model, write_llama
 from tests.weights import draw_variables
 
 CHATML = (

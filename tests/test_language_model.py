@@ -25,6 +25,7 @@ from llmq_jax.training import RunOptions, create_state, make_eval_step, make_tra
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.weight_digest import weight_digest
+from tests.interop.refusals import refused
 from tests.weights import draw_variables
 
 CONFIG = GPT2Config(
@@ -181,10 +182,7 @@ def test_compiled_once_for_each_shape(lm):
     ],
 )
 def test_bad_input(lm, arguments, message):
-    with pytest.raises(BadInput) as caught:
-        lm.logits(**arguments)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refused(lm.logits, **arguments)
 
 
 def test_a_row_may_be_longer_than_the_context_when_its_documents_are_not(lm):
@@ -341,9 +339,7 @@ def test_what_cannot_be_loaded_is_described(tmp_path):
         (tmp_path / "other", "a folder with a.txt, b.txt, c.txt, d.txt and 2 more"),
         (tmp_path / "other" / "a.txt", "a .txt file"),
     ):
-        with pytest.raises(BadInput) as caught:
-            load(path)
-        assert str(caught.value).startswith(f"{path}: is {found}, not a model; give a Hugging Face folder")
+        assert refused(load, path).startswith(f"{path}: is {found}, not a model; give a Hugging Face folder")
 
 
 def test_a_preset_is_no_model():

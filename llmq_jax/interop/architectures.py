@@ -19,43 +19,36 @@ class Tables(NamedTuple):
     layouts: Mapping[str, WeightTable]
     config: ConfigTable
     derive: Callable[..., dict[str, Any]]
-    """Fields of a config from (shapes, layers, tied, layout, given fields); the first three as `WeightTable` tells."""
-    underivable: tuple[str, ...]
+    """Fields of a config from (shapes, layers, layout, given fields); the first two as `WeightTable.survey` tells."""
+    underivable: tuple[str, ...] = ("num_attention_heads",)
     """Fields that shapes do not tell."""
     unkept: Callable[[Mapping[str, Any], Any], dict[str, Any]] = lambda state, config: {}
     """From (a state, the config stored with it): new values for the fields that announce what transformers does not
     save, where the state does not hold it."""
 
 
-GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
 # Weights without a config are taken for the first architecture that has most of their names. Hence the order: Llama
 # before those with the same names, Qwen 3 before Gemma 3, which has all of its names, and Mixtral before Qwen 3 with
 # experts.
 TABLES = {
-    "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
-    "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
-    "mistral": Tables(
-        llama3.MISTRAL_LAYOUTS, llama3.MISTRAL_CONFIG, llama3.derive, underivable=("num_attention_heads",)
-    ),
-    "ministral": Tables(
-        ministral.LAYOUTS, ministral.CONFIG, llama3.derive, underivable=("num_attention_heads", "sliding_window")
-    ),
-    "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
-    "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
-    "mixtral": Tables(
-        mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, underivable=("num_attention_heads", "num_experts_per_tok")
-    ),
+    "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive),
+    "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive),
+    "mistral": Tables(llama3.MISTRAL_LAYOUTS, llama3.MISTRAL_CONFIG, llama3.derive),
+    "ministral": Tables(ministral.LAYOUTS, ministral.CONFIG, llama3.derive, ("num_attention_heads", "sliding_window")),
+    "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive),
+    "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive),
+    "mixtral": Tables(mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, mixtral.UNDERIVABLE),
     "qwen3_moe": Tables(
         qwen.QWEN3_MOE_LAYOUTS,
         qwen.QWEN3_MOE_CONFIG,
         qwen.derive_experts,
-        underivable=("num_attention_heads", "num_experts_per_tok", "norm_topk_prob"),
+        (*mixtral.UNDERIVABLE, "norm_topk_prob"),
     ),
     "deepseek_v3": Tables(
         deepseek3.LAYOUTS, deepseek3.CONFIG, deepseek3.derive, deepseek3.UNDERIVABLE, deepseek3.unkept
     ),
-    "gemma2": Tables(gemma.GEMMA2_LAYOUTS, gemma.GEMMA2_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
-    "gemma3_text": Tables(gemma.GEMMA3_LAYOUTS, gemma.GEMMA3_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
+    "gemma2": Tables(gemma.GEMMA2_LAYOUTS, gemma.GEMMA2_CONFIG, gemma.derive, gemma.UNDERIVABLE),
+    "gemma3_text": Tables(gemma.GEMMA3_LAYOUTS, gemma.GEMMA3_CONFIG, gemma.derive, gemma.UNDERIVABLE),
 }
 
 
@@ -165,11 +158,11 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
             raise BadInput(f"{name}={fields[name]!r} is not of the type {type_name(hints[name])}")
     shapes, layers = table.survey(state)
     try:
-        derived = tables.derive(shapes, layers, table.is_tied(state), layout, fields)
+        derived = tables.derive(shapes, layers, layout, fields) | {"tie_word_embeddings": table.is_tied(state)}
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise BadInput(f"the weights are not those of {model_type} in the layout {layout!r}: no config fits") from error
-    if SCORE.path in shapes:
-        derived["labels"] = numbered_labels(shapes[SCORE.path][0])
+    if (head := "score/kernel") in shapes:
+        derived["labels"] = numbered_labels(shapes[head][0])
     config = override(tables.config.config_class(), **derived | fields)
     if layout == "hf" and (assumed := [name for name in ASSUMED if hasattr(config, name) and name not in fields]):
         values = {name: getattr(config, name) for name in assumed}
@@ -282,7 +275,7 @@ def _advice_on_sizes(state: Mapping[str, Any], config: Any, layout: str) -> str 
     table, fields = weight_table(config.model_type, layout).spelling(state), dict(vars(config))
     try:
         shapes, layers = table.survey(state)
-        derived = _tables(config.model_type).derive(shapes, layers, False, layout, fields)
+        derived = _tables(config.model_type).derive(shapes, layers, layout, fields)
     except (LookupError, TypeError, ValueError, ZeroDivisionError):  # weights of another architecture
         return None
     sizes = {name: (derived.get(name), fields.get(name)) for name in SIZES}

@@ -152,8 +152,10 @@ class ConfigTable:
     """{their field: the only value that we compute}; written on export."""
     ignored: frozenset[str] = frozenset()
     """Fields of this architecture that do not change what we compute."""
-    own: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    """{our field that transformers does not compute: (the value that it computes with, what to do with another)}."""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """{our field that transformers does not compute: the value that it computes with}."""
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """{such a field: what to do with another value}, where that is not to keep the model in our own format."""
     training: frozenset[str] = frozenset()
     """Our fields that training alone reads; config.json has no place for them, and they are not exported."""
     null: Mapping[str, Any] = field(default_factory=dict)
@@ -201,11 +203,11 @@ class ConfigTable:
         what transformers' model does; any other value is BadInput.
         """
         config = self.essence(config)
-        for name, (theirs, remedy) in self.own.items():
+        for name, theirs in self.own.items():
             value = getattr(config, name)
             if value != theirs:
                 known = f"transformers' {config.model_type} does not compute it"
-                raise BadInput(f"{name}={value!r} cannot be exported: {known}; {remedy}")
+                raise BadInput(f"{name}={value!r} cannot be exported: {known}; {self.remedies.get(name, KEEP)}")
         fields = {}
         for entry in dataclasses.fields(config):
             name, value = entry.name, getattr(config, entry.name)

@@ -18,7 +18,7 @@ from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.configs import NULL_DROPOUT, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER, with_usual_experts
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 
 LAYER = "model.layers.{layer}"
@@ -143,12 +143,7 @@ CONFIG = ConfigTable(
         "n_routed_experts": ("n_routed_experts", "num_local_experts"),
         "num_nextn_predict_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
     },
-    own={
-        "norm": ("rms_norm", KEEP),
-        "experts": (None, KEEP),
-        "mtp_hidden": ("after_norm", KEEP),
-        "attention_up_bias": (False, KEEP),
-    },
+    own={"norm": "rms_norm", "experts": None, "mtp_hidden": "after_norm", "attention_up_bias": False},
     training=frozenset({"balance"}),
     # The first two follow from other fields; in training, `balance` alone decides on balance losses; how experts are
     # spread over devices and where DeepSeek's own code is does not matter here.
@@ -169,35 +164,31 @@ UNDERIVABLE = (
 )
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The config's fields, from the shapes of weights that come without a config."""
-    attention, moe = "params/{block}/attention", "params/{block}/moe"
-    vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
+    vocab_size, hidden_size = shapes["token_embedding/embedding"]
     heads = given["num_attention_heads"]
-    (latent_rank,) = shapes[f"{attention}/latent_norm/scale"]
-    rotary = shapes[f"{attention}/latent_down/kernel"][0] - latent_rank
-    compressed = f"{attention}/query_up/kernel" in shapes
-    queries = shapes[f"{attention}/query_up/kernel" if compressed else f"{attention}/query/kernel"][0]
+    (latent_rank,) = shapes["attention/latent_norm/scale"]
+    rotary = shapes["attention/latent_down/kernel"][0] - latent_rank
+    compressed = "attention/query_up/kernel" in shapes
+    queries = shapes["attention/query_up/kernel" if compressed else "attention/query/kernel"][0]
     content = queries // heads - rotary
-    dense = shapes.get("params/{block}/mlp/down/kernel")
+    dense = shapes.get("mlp/down/kernel")
     sparse = {}
-    if f"{moe}/router/kernel" in shapes:
-        width, shared = shapes[f"{moe}/down_kernel"][-1], shapes.get(f"{moe}/shared/down/kernel", (0,))[-1]
-        sparse = {"n_routed_experts": shapes[f"{moe}/router/kernel"][0], "moe_intermediate_size": width}
+    if "moe/router/kernel" in shapes:
+        width, shared = shapes["moe/down_kernel"][-1], shapes.get("moe/shared/down/kernel", (0,))[-1]
+        sparse = {"n_routed_experts": shapes["moe/router/kernel"][0], "moe_intermediate_size": width}
         sparse["n_shared_experts"] = shared // width
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers - given["num_nextn_predict_layers"],
-        "q_lora_rank": shapes[f"{attention}/query_norm/scale"][0] if compressed else None,
+        "q_lora_rank": shapes["attention/query_norm/scale"][0] if compressed else None,
         "kv_lora_rank": latent_rank,
         "qk_nope_head_dim": content,
         "qk_rope_head_dim": rotary,
-        "v_head_dim": shapes[f"{attention}/latent_up/kernel"][0] // heads - content,
-        "attention_bias": f"{attention}/out/bias" in shapes,
+        "v_head_dim": shapes["attention/latent_up/kernel"][0] // heads - content,
+        "attention_bias": "attention/out/bias" in shapes,
         **sparse,
         **({"intermediate_size": dense[-1]} if dense else {}),
-        "tie_word_embeddings": tied,
     }

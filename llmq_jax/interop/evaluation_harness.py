@@ -268,8 +268,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts about the model that the harness writes into its results."""
-        parameters = jax.tree.leaves(self.lm.params)
-        count, dtype = sum(leaf.size for leaf in parameters), str(weight_type(parameters))
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.lm.params))
+        dtype = str(weight_type(self.lm.params))
         return {"model": self.source, "model_num_parameters": count, "model_dtype": dtype}
 
 

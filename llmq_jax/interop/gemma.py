@@ -17,22 +17,20 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3
 from llmq_jax.interop.configs import CLASSIFIER_FIELDS, GROUPED, NULL_DROPOUT, ConfigTable, require_whole_heads
 from llmq_jax.interop.generation_config import TOKEN_IDS
-from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.qwen import with_norms
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
-from llmq_jax.interop.tables import KEEP, Shape, rule, vector
+from llmq_jax.interop.tables import Shape, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 
-LLAMA, LAYER = llama3.LAYOUTS["hf"], "model.layers.{layer}"
+LAYER = "model.layers.{layer}"
 # In place of Llama's post_attention_layernorm, which is the norm before the feed-forward network.
 NORMS = (
     rule(f"{LAYER}.post_attention_layernorm.weight", "{block}/post_attention_norm/scale", vector),
     rule(f"{LAYER}.pre_feedforward_layernorm.weight", "{block}/mlp_norm/scale", vector),
     rule(f"{LAYER}.post_feedforward_layernorm.weight", "{block}/post_mlp_norm/scale", vector),
 )
-AT = next(i for i, entry in enumerate(LLAMA.rules) if entry.path.endswith("mlp_norm/scale"))
-GEMMA2 = replace(LLAMA, rules=(*LLAMA.rules[:AT], *NORMS, *LLAMA.rules[AT + 1 :]))
+GEMMA2 = llama3.LAYOUTS["hf"].with_rules("{block}/mlp_norm/scale", *NORMS)
 GEMMA3 = replace(
     with_norms(GEMMA2, f"{LAYER}.self_attn.q_norm", f"{LAYER}.self_attn.k_norm"),
     within={"language_model.": "", "model.language_model.": "model."},
@@ -51,8 +49,8 @@ def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> 
     kinds = values.get("layer_types")
     if values.get("sliding_window", 0) is None and isinstance(kinds, list) and LOCAL not in kinds:
         values = {name: value for name, value in values.items() if name != "sliding_window"}
-    window, longest = (getattr(config_class, name) for name in ("sliding_window", "max_position_embeddings"))
-    window, longest = values.get("sliding_window", window), values.get("max_position_embeddings", longest)
+    window = values.get("sliding_window", config_class.sliding_window)
+    longest = values.get("max_position_embeddings", config_class.max_position_embeddings)
     shorter = type(window) is type(longest) is int and window > longest
     return values | {"sliding_window": longest} if shorter else values
 
@@ -100,7 +98,7 @@ _SHARED = """
     attention_bias final_logit_softcapping hidden_activation layer_types query_pre_attn_scalar sliding_window
 """
 SHARED = GROUPED | set(_SHARED.split())
-OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}
+OWN = {"norm": "zero_centred_rms_norm", "experts": None}
 # The activation is hidden_activation's, whatever hidden_act says; caches are ours.
 IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})
 
@@ -123,16 +121,15 @@ GEMMA3_CONFIG = ConfigTable(
     shared=SHARED | {"local_rope_parameters"},  # `write_gemma3` puts it into rope_parameters
     # transformers has the field, and nothing reads it: it computes as if it were null.
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
-    own=OWN | {"attn_logit_softcapping": (None, KEEP)},
+    own=OWN | {"attn_logit_softcapping": None},
     ignored=IGNORED | {"_sliding_window_pattern"},
     null=NULL_DROPOUT,
     read=read_gemma3,
     write=write_gemma3,
 )
+UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Config fields of weights that come without a config; shapes tell neither the number of heads nor windows."""
-    return derive_sizes(shapes, layers, tied, given) | {"intermediate_size": gated_width(shapes)}
+    return llama3.derive_sizes(shapes, layers, given) | {"intermediate_size": llama3.gated_width(shapes)}

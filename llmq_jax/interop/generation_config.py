@@ -48,12 +48,9 @@ class GenerationConfig:
         for name in TOKEN_IDS:
             value = getattr(self, name)
             ids = _ids(name, value)
-            if name == "eos_token_id":
-                object.__setattr__(self, name, ids)
-                continue
-            if len(ids) > 1:
+            if name != "eos_token_id" and len(ids) > 1:
                 raise BadInput(f"{name}={value!r} is not one token id")
-            object.__setattr__(self, name, next(iter(ids), None))
+            object.__setattr__(self, name, ids if name == "eos_token_id" else next(iter(ids), None))
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "GenerationConfig":

@@ -71,7 +71,7 @@ def _check_kind(metadata: Mapping[str, Any]) -> None:
     architecture, parts = metadata.get("general.architecture"), metadata.get("split.count", 1)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
-        raise BadInput(f"holds a model of the architecture {_shortened(architecture)}; supported are {supported}")
+        raise BadInput(f"holds a model of the architecture {architecture!r:.60}; supported are {supported}")
     if parts != 1:
         raise BadInput(f"is one of {parts} parts of a model; join them (llama-gguf-split --merge) and load the whole")
 
@@ -130,7 +130,7 @@ class _Metadata:
         for key, supported in FIXED.items():
             value = self._values.get(key, supported)
             if value != supported:
-                raise BadInput(f"{self._architecture}.{key}={_shortened(value)} is not supported, only {supported!r}")
+                raise BadInput(f"{self._architecture}.{key}={value!r:.60} is not supported, only {supported!r}")
 
     def _rows(self, name: str) -> int:
         if name not in self._tensors or not self._tensors[name].shape:
@@ -189,19 +189,14 @@ class _Metadata:
     def _integer(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
         if type(value) is not int:
-            raise BadInput(f"{self._architecture}.{key}={_shortened(value)} is not an integer")
+            raise BadInput(f"{self._architecture}.{key}={value!r:.60} is not an integer")
         return value
 
     def _number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         if type(value) not in (int, float):
-            raise BadInput(f"{self._architecture}.{key}={_shortened(value)} is not a number")
+            raise BadInput(f"{self._architecture}.{key}={value!r:.60} is not a number")
         return float(value)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def generation_config(metadata: Mapping[str, Any]) -> GenerationConfig:
@@ -210,7 +205,6 @@ def generation_config(metadata: Mapping[str, Any]) -> GenerationConfig:
     A chat model ends a turn with a token of its own, which need not be the one that ends a document. Some files do not
     name it, so any of END_OF_TURN that the chat template writes ends a text too.
     """
-
     tokens = metadata["tokenizer.ggml.tokens"]
     kinds = metadata.get("tokenizer.ggml.token_type", [])
     template = metadata.get(CHAT_TEMPLATE, "")

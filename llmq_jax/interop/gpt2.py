@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.interop.configs import ConfigTable
-from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
 
 # Where queries, keys and values are in our leaves, kernel [D, 3, N, H] and bias [3, N, H].
@@ -179,18 +179,16 @@ CONFIG = ConfigTable(
             "summary_use_proj",
         }
     ),
-    own={"norm": ("layer_norm", KEEP), "experts": (None, KEEP)},
+    own={"norm": "layer_norm", "experts": None},
     write=lambda config, values: values | {"n_ctx": config.max_position_embeddings},
 )
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Config fields of weights that come without a config; shapes do not tell the number of heads."""
-    vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
-    positions, _ = shapes["params/position_embedding/embedding"]
-    width = math.prod(shapes["params/{block}/mlp/up/kernel"]) // hidden_size
+    vocab_size, hidden_size = shapes["token_embedding/embedding"]
+    positions, _ = shapes["position_embedding/embedding"]
+    width = math.prod(shapes["mlp/up/kernel"]) // hidden_size
     return {
         "vocab_size": vocab_size,
         "max_position_embeddings": positions,
@@ -198,5 +196,4 @@ def derive(
         "num_hidden_layers": layers,
         "intermediate_size": None if width == 4 * hidden_size else width,
         "activation_function": "gelu" if layout in ("original", "nanogpt") else "gelu_new",
-        "tie_word_embeddings": tied,
     }

@@ -9,8 +9,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,7 +37,7 @@ from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
 from llmq_jax.layers.lora import merge_when_read, spread
 from llmq_jax.weight_type import weight_type
-from llmq_jax.whole_folders import whole_folder
+from llmq_jax.whole_folders import check_target, whole_folder
 
 if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel
@@ -62,6 +61,7 @@ DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", *TOKENIZER_DOWN
 DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
 # Patterns match across slashes, and subfolders hold other formats of the same weights.
 NOT_DOWNLOADED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin")
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 
 class Contents(NamedTuple):
@@ -148,7 +148,7 @@ def save_hf(
     dtype = float_type(dtype)
     config, variables = config_to_hf(lm.config), merge_when_read(spread(lm.variables))
     tensors = weight_table(lm.config.model_type).lazy_state_dict(variables, lm.config, dtype)
-    config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
+    config |= lm.generation.token_ids() | {"dtype": weight_type(tensors).name}
     changed_files: dict[str, bytes] = {}
     if lm.config.labels is None:
         # As `padding_idx` of transformers' embedding it would keep its row, often that of the end token, from being
@@ -156,7 +156,7 @@ def save_hf(
         config["pad_token_id"] = None
     else:
         config["pad_token_id"], changed_files = padding(lm)
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, CONFIG, EXPORTED)
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)
         write_json(partial / GENERATION_CONFIG, lm.generation.to_hf())
@@ -208,15 +208,18 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any =
     if path.exists():
         return path
     name = str(name)
-    parent = path.parent if "/" in name else None
-    if parent is not None and parent.is_dir():
+    is_path = name.startswith(".") or ("/" in name and path.parent.is_dir())
+    if is_path or not re.fullmatch(rf"{HUB_NAME}(@[\w./-]+)?", name):
         raise BadInput(no_such_path(name))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith("."):
-        raise BadInput(f"{name}: there is no such file or folder")
-    return download(name, tokenizer=tokenizer, config=config)
+    return _download(name, tokenizer, config)
 
 
-def download(name: str, *, tokenizer: bool = False, config: Any = None) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a name, without a revision, can be a hub id ("org/name") and is not a path that exists."""
+    return re.fullmatch(HUB_NAME, name) is not None and not Path(name).exists()
+
+
+def _download(name: str, tokenizer: bool, config: Any) -> Path:
     """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision") or, for a `tokenizer`, of its
     files without weights, fetched unless it is there already. Only weights, JSON and text are fetched: no code, and no
     pickle where there are safetensors. `config`: see `find`."""
@@ -224,16 +227,18 @@ def download(name: str, *, tokenizer: bool = False, config: Any = None) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, _, revision = name.partition("@")
-    wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
-    wanted["ignore_patterns"] = list(NOT_DOWNLOADED)
+
+    def fetched(patterns: Sequence[str]) -> Path:
+        wanted: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(NOT_DOWNLOADED)}
+        return Path(snapshot_download(repo_id=repository, revision=revision or None, **wanted))
+
     try:
-        folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED))
+        folder = fetched(TOKENIZER_DOWNLOADED)
         if not tokenizer:
-            _refuse_by_config(Path(folder), config)
-            # All once more, of one commit: the name may mean another by now.
-            folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED))
-            if not (is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()):
-                folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS))
+            _refuse_by_config(folder, config)
+            folder = fetched(DOWNLOADED)  # all once more, of one commit: the name may mean another by now
+            if not (is_safetensors(folder) or (folder / "adapter_model.safetensors").is_file()):
+                folder = fetched(DOWNLOADED_WITHOUT_SAFETENSORS)
     except BadInput:
         raise
     except LocalEntryNotFoundError as error:
@@ -257,12 +262,12 @@ def download(name: str, *, tokenizer: bool = False, config: Any = None) -> Path:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"
         ) from error
-    if not Path(folder).is_dir():  # nothing was fetched
+    if not folder.is_dir():  # nothing was fetched
         raise BadInput(
             f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, fetch one and "
             "give its path"
         )
-    return Path(folder)
+    return folder
 
 
 def _refuse_by_config(folder: Path, config: Any) -> None:
@@ -280,14 +285,11 @@ def float_type(dtype: Any) -> np.dtype | None:
     one byte, whose range weights exceed without scales beside them."""
     if dtype is None:
         return None
-    known: np.dtype | None
-    try:
-        known = jnp.dtype(dtype)
-    except TypeError:
-        known = None
-    if known is None or not jnp.issubdtype(known, jnp.floating) or known.itemsize == 1:
-        raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
-    return known
+    with contextlib.suppress(TypeError):
+        known: np.dtype = jnp.dtype(dtype)
+        if jnp.issubdtype(known, jnp.floating) and known.itemsize > 1:
+            return known
+    raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
 
 
 def _read_generation_config(
@@ -308,22 +310,3 @@ def _read_generation_config(
         if end is not None and end < config.vocab_size:
             said.setdefault("eos_token_id", end)
         return GenerationConfig.from_hf(said)
-
-
-def check_target(folder: Path, overwrite: bool, needed: str = CONFIG, exported: Collection[str] = EXPORTED) -> None:
-    """BadInput unless an export may go to a folder: a new or empty one or, with `overwrite`, an earlier export, which
-    has a file `needed` and only files that match `exported`."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is a file; name a folder that does not exist")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise BadInput(
-            f"{folder}: is not empty; name another folder, or replace an earlier export with --overwrite (in Python: "
-            "overwrite=True)"
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in exported)]
-    if foreign or needed not in names:
-        odd = f"holds {foreign[0]}" if foreign else f"has no {needed}"
-        raise BadInput(f"{folder}: {odd}, so it is no earlier export and is not overwritten")

@@ -19,7 +19,7 @@ import numpy as np
 
 from llmq_jax.interop.configs import GROUPED, NULL_DROPOUT, ConfigTable, require_whole_heads
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import KEEP, SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.mistral import MistralConfig
 
@@ -139,7 +139,7 @@ def write_sizes(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
     return write_rope(config.rope, values | sizes, config.head_width)
 
 
-OWN = {"norm": ("rms_norm", KEEP), "experts": (None, KEEP), "attention_output_bias": (None, KEEP)}
+OWN = {"norm": "rms_norm", "experts": None, "attention_output_bias": None}
 """Fields that transformers has in no model that is built like Llama, as in `ConfigTable.own`."""
 
 CONFIG = ConfigTable(
@@ -147,8 +147,8 @@ CONFIG = ConfigTable(
     architecture="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
     shared=GROUPED | {"attention_bias", "hidden_act", "mlp_bias"},
-    own=OWN
-    | {"attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros")},
+    own=OWN,
+    remedies={"attention_output_bias": "load its weights with attention_bias=True, and the other biases are zeros"},
     ignored=frozenset({"pretraining_tp"}),
     null=NULL_DROPOUT,
     read=read_rope,
@@ -156,7 +156,7 @@ CONFIG = ConfigTable(
 )
 
 MISTRAL_LAYOUTS = {"hf": LAYOUTS["hf"]}
-MISTRAL_OWN = OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)}
+MISTRAL_OWN = OWN | {"attention_bias": False, "mlp_bias": False}
 MISTRAL_CONFIG = ConfigTable(
     config_class=MistralConfig,
     architecture="MistralForCausalLM",
@@ -168,22 +168,20 @@ MISTRAL_CONFIG = ConfigTable(
 )
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Config fields of weights that come without a config; shapes do not tell the number of heads."""
-    return derive_sizes(shapes, layers, tied, given) | {
+    return derive_sizes(shapes, layers, given) | {
         "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
-        "attention_output_bias": "params/{block}/attention/out/bias" in shapes,
+        "attention_output_bias": "attention/out/bias" in shapes,
         "intermediate_size": gated_width(shapes),
-        "mlp_bias": "params/{block}/mlp/gate/bias" in shapes,
+        "mlp_bias": "mlp/gate/bias" in shapes,
     }
 
 
-def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+def derive_sizes(shapes: Mapping[str, Shape], layers: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """The config fields that shapes tell of any decoder with grouped-query attention."""
-    vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
-    queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
+    vocab_size, hidden_size = shapes["token_embedding/embedding"]
+    queries, keys = (shapes[f"attention/{name}/kernel"][0] for name in ("query", "key"))
     head_dim = queries // given["num_attention_heads"]
     return {
         "num_key_value_heads": keys // head_dim,
@@ -191,12 +189,11 @@ def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Ma
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
-        "attention_bias": "params/{block}/attention/query/bias" in shapes,
-        "tie_word_embeddings": tied,
+        "attention_bias": "attention/query/bias" in shapes,
     }
 
 
 def gated_width(shapes: Mapping[str, Shape]) -> int:
     """The width of a gated feed-forward network, from the shapes of its matrices."""
-    _, hidden_size = shapes["params/token_embedding/embedding"]
-    return math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size
+    _, hidden_size = shapes["token_embedding/embedding"]
+    return math.prod(shapes["mlp/gate/kernel"]) // hidden_size

@@ -14,20 +14,12 @@ import numpy as np
 
 from llmq_jax.interop import llama3
 from llmq_jax.interop.configs import GROUPED, ConfigTable
-from llmq_jax.interop.llama3 import derive_sizes, write_sizes
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import Rule, Shape, WeightTable, experts_out_in, out_in, rule
+from llmq_jax.interop.tables import Shape, experts_out_in, out_in, rule
 from llmq_jax.models.mixtral import MixtralConfig
 
 # The places of an expert's gate and up projection in our leaf, which is [D, 2, F] for each expert.
 GATE, UP = (np.s_[:, part, :] for part in range(2))
-
-
-def with_experts(table: WeightTable, *experts: Rule) -> WeightTable:
-    """A table with rules for experts after those of the feed-forward network, which experts replace in some layers or
-    in all."""
-    behind = 1 + max(i for i, entry in enumerate(table.rules) if "/mlp/" in entry.path)
-    return replace(table, rules=(*table.rules[:behind], *experts, *table.rules[behind:]))
 
 
 # As transformers has them in memory, and the files of most models.
@@ -43,10 +35,10 @@ APART_EXPERTS = (
     rule(f"{EXPERT}.down_proj.weight", "{block}/moe/down_kernel", out_in),
 )
 
-FUSED = with_experts(llama3.LAYOUTS["hf"], ROUTER, *FUSED_EXPERTS)
+FUSED = llama3.LAYOUTS["hf"].with_rules("final_norm/scale", ROUTER, *FUSED_EXPERTS)
 MOE = "model.layers.{layer}.block_sparse_moe"
-APART = with_experts(
-    llama3.LAYOUTS["hf"],
+APART = llama3.LAYOUTS["hf"].with_rules(
+    "final_norm/scale",
     rule(f"{MOE}.gate.weight", "{block}/moe/router/kernel", out_in),
     rule(f"{MOE}.experts.{{expert}}.w1.weight", "{block}/moe/up_kernel", out_in, at=GATE),
     rule(f"{MOE}.experts.{{expert}}.w2.weight", "{block}/moe/down_kernel", out_in),
@@ -79,16 +71,15 @@ CONFIG = ConfigTable(
     ignored=frozenset({"output_router_logits"}),
     essence=with_usual_experts,
     read=read_rope,
-    write=write_sizes,
+    write=llama3.write_sizes,
 )
+UNDERIVABLE = ("num_attention_heads", "num_experts_per_tok")
 
 
-def derive(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The config's fields, from the shapes of weights that come without a config; they do not tell how many experts a
     token uses."""
-    return derive_sizes(shapes, layers, tied, given) | {
-        "num_local_experts": shapes["params/{block}/moe/router/kernel"][0],
-        "intermediate_size": shapes["params/{block}/moe/down_kernel"][-1],
+    return llama3.derive_sizes(shapes, layers, given) | {
+        "num_local_experts": shapes["moe/router/kernel"][0],
+        "intermediate_size": shapes["moe/down_kernel"][-1],
     }

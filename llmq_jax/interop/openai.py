@@ -85,6 +85,5 @@ def _generation_config(tokenizer: Tokenizer | None, config: GPT2Config) -> Gener
     """The same token ends and begins a text: the tokenizer's or, without a tokenizer, GPT-2's; none if the vocabulary
     does not have it."""
     end = END_OF_TEXT if tokenizer is None else tokenizer.end_of_text
-    if end is None or end >= config.vocab_size:
-        return GenerationConfig()
-    return GenerationConfig(eos_token_id=(end,), bos_token_id=end)
+    end = None if end is None or end >= config.vocab_size else end
+    return GenerationConfig.from_hf({"eos_token_id": end, "bos_token_id": end})

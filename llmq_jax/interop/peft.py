@@ -12,7 +12,6 @@ LoRA-XS has no form of its own there, nor has TinyLoRA at experts and routers: t
 equal, B' = M B.
 """
 
-import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,11 +68,6 @@ def open_tensors(folder: Path) -> Mapping[str, LazyTensor]:
     if not file.is_file():
         raise BadInput(f"{folder}: has no {WEIGHTS} beside its {CONFIG}; get it again, or save the adapter again")
     return open_torch(file) if file.name == TORCH_WEIGHTS else open_safetensors(file)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name, without a revision, can be a hub id ("org/name") and is not a path that exists."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
 def module_names(config: Any) -> dict[str, set[str]]:

@@ -11,12 +11,12 @@ from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import weight_table
+from llmq_jax.interop.huggingface import is_hub_id
 from llmq_jax.interop.peft import (
     CONFIG,
     PREFIX,
     Site,
     experts_module,
-    is_hub_id,
     memory_table,
     open_tensors,
     sites_of,
@@ -127,23 +127,21 @@ class _Reader:
     def __init__(self, folder: Path, values: Mapping[str, Any], state: dict[str, np.ndarray], config: Any):
         self.folder, self.file, self.values = folder, weights_file(folder), values
         self._set_config(config)
-        self.within, beside = memory_table(config).within, memory_table(config).beside
+        self.table = memory_table(config)
         self.renamed, self.apart = _names_of_files(config, self.sites)
         self.in_file: dict[str, str] = {}
         """{a tensor's name in memory: what this folder calls it}"""
         self.old_modules: dict[str, str] = {}
         """{a module's name in memory: what this folder calls it}, where the two differ."""
-        others = [name for name in state if name.removeprefix(PREFIX).startswith(beside)]
-        if others:
-            where = [
-                prefix.rstrip(".")
-                for prefix in beside
-                if any(name.removeprefix(PREFIX).startswith(prefix) for name in others)
-            ]
-            warn(f"{self.file}: {len(others)} tensors of other parts of its base are ignored: {', '.join(where)}")
+        others = []
         for name in state:
-            if name not in others:
-                self._give_own_name(name)
+            if (module := name.removeprefix(PREFIX)).startswith(self.table.beside):
+                others.append(module)
+            else:
+                self._give_own_name(name, module)
+        if others:
+            where = self.table.parts_of(others)
+            warn(f"{self.file}: {len(others)} tensors of other parts of its base are ignored: {where}")
         self.state = {own: state[name] for own, name in self.in_file.items()}
         self.replaced: dict[str, bool] = {}
         """{our name of an embedding or a head that is a copy, or differs from the base's: whether it is a copy that
@@ -155,20 +153,16 @@ class _Reader:
         self.config, self.sites = config, sites_of(config)
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
 
-    def _give_own_name(self, name: str) -> None:
+    def _give_own_name(self, name: str, module: str) -> None:
         """Note the name that a tensor has in memory in transformers 5 and, for an adapter of a multimodal model, within
-        the part that we have."""
-        module = name.removeprefix(PREFIX)
-        own = name
-        for theirs, ours in self.within.items():
-            if module.startswith(theirs):
-                own = PREFIX + ours + module.removeprefix(theirs)
-                break
+        the part that we have. `module` is its name without "base_model.model."."""
+        own = self.table.own_name(module)
         for theirs, ours in self.renamed.items():
             if module.startswith(f"{theirs}."):
-                own = PREFIX + ours + module.removeprefix(theirs)
+                own = ours + module.removeprefix(theirs)
                 self.old_modules[ours] = theirs
                 break
+        own = name if own == module else PREFIX + own
         if own in self.in_file:
             raise BadInput(f"{self.file}: {self.in_file[own]} and {name} are two names of one tensor; leave one out")
         self.in_file[own] = name
@@ -458,7 +452,7 @@ class _Reader:
         """The value of the first pattern that matches the end of a module's name, else `default`."""
         patterns = self.values.get(name) or {}
         # Matrices of multimodal models have longer names there.
-        names = [module, *(outer + module.removeprefix(own) for outer, own in self.within.items())]
+        names = [module, *(outer + module.removeprefix(own) for outer, own in self.table.within.items())]
         if (own := module.removesuffix(".weight")) in self.old_modules:
             names.append(self.old_modules[own])
         ends = (value for pattern, value in patterns.items() if any(ends_with(name, pattern) for name in names))

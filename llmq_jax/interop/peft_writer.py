@@ -15,8 +15,8 @@ from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import PARTS
 from llmq_jax.interop.huggingface import CONFIG as BASE_CONFIG
-from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
+from llmq_jax.interop.huggingface import GENERATION_CONFIG, is_hub_id
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
 from llmq_jax.interop.peft_whole import EMBEDDING, module_name
 from llmq_jax.interop.safetensors_files import save_tensors
 from llmq_jax.interop.tables import in_out
@@ -38,7 +38,7 @@ from llmq_jax.layers.lora import (
     spread,
 )
 from llmq_jax.models.heads import LM_HEAD
-from llmq_jax.whole_folders import whole_folder
+from llmq_jax.whole_folders import check_target, whole_folder
 
 ALONE = "model."
 """What names of modules begin with in a model that is no part of another; a head's does not."""
@@ -55,9 +55,9 @@ def write_adapter(
     variables: dict[str, Any],
     config: Any,
     folder: str | os.PathLike[str],
-    base: str = "",
-    overwrite: bool = False,
-    text_files: Any = None,
+    base: str,
+    overwrite: bool,
+    text_files: Any,
 ) -> Path:
     """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them, for
     one of the hub also "org/name@revision". If that is a multimodal model, of which ours is a part, names are as in it.
@@ -105,8 +105,7 @@ def write_adapter(
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         save_tensors(tensors, partial / WEIGHTS)
-        if text_files is not None:
-            text_files.save(partial)
+        text_files.save(partial)
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, partial / CARD)
     return folder

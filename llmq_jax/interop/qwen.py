@@ -19,7 +19,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3, mixtral
 from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import KEEP, Shape, WeightTable, rule, vector
+from llmq_jax.interop.tables import Shape, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
@@ -30,8 +30,7 @@ def with_norms(table: WeightTable, query: str, key: str) -> WeightTable:
         rule(f"{query}.weight", "{block}/attention/query_norm/scale", vector),
         rule(f"{key}.weight", "{block}/attention/key_norm/scale", vector),
     )
-    out = next(i for i, entry in enumerate(table.rules) if entry.path.endswith("attention/out/kernel"))
-    return replace(table, rules=(*table.rules[:out], *norms, *table.rules[out:]))
+    return table.with_rules("{block}/attention/out/kernel", *norms)
 
 
 QWEN2_LAYOUTS = {"hf": llama3.LAYOUTS["hf"], "gguf": llama3.in_halves(llama3.LAYOUTS["gguf"])}
@@ -42,7 +41,7 @@ QWEN3_LAYOUTS = {
     "gguf": with_norms(QWEN2_LAYOUTS["gguf"], "blk.{layer}.attn_q_norm", "blk.{layer}.attn_k_norm"),
 }
 APART, FUSED = (
-    mixtral.with_experts(QWEN3_LAYOUTS["hf"], mixtral.ROUTER, *experts)
+    QWEN3_LAYOUTS["hf"].with_rules("final_norm/scale", mixtral.ROUTER, *experts)
     for experts in (mixtral.APART_EXPERTS, mixtral.FUSED_EXPERTS)
 )
 QWEN3_MOE_LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
@@ -104,19 +103,17 @@ def write_qwen3_moe(config: Qwen3MoeConfig, values: dict[str, Any]) -> dict[str,
     return llama3.write_sizes(config, values | own)
 
 
-def derive_experts(
-    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def derive_experts(shapes: Mapping[str, Shape], layers: int, layout: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The config's fields, from the shapes of weights that come without a config; they do not tell which layers are
     dense."""
-    derived = mixtral.derive(shapes, layers, tied, layout, given)
+    derived = mixtral.derive(shapes, layers, layout, given)
     derived["moe_intermediate_size"] = derived.pop("intermediate_size")
-    dense = "params/{block}/mlp/gate/kernel" in shapes
+    dense = "mlp/gate/kernel" in shapes
     return derived | ({"intermediate_size": llama3.gated_width(shapes)} if dense else {})
 
 
 SHARED = GROUPED | {"hidden_act", "layer_types", "sliding_window"}
-OWN = llama3.OWN | {"mlp_bias": (False, KEEP)}
+OWN = llama3.OWN | {"mlp_bias": False}
 # A field of Qwen's multimodal models that is in the files of other models too, where nothing reads it.
 IGNORED = frozenset({"use_mrope"})
 
@@ -125,7 +122,7 @@ QWEN2_CONFIG = ConfigTable(
     architecture="Qwen2ForCausalLM",
     classifier="Qwen2ForSequenceClassification",
     shared=SHARED,
-    own=OWN | {"attention_bias": (True, KEEP), "attention_output_bias": (False, KEEP)},
+    own=OWN | {"attention_bias": True, "attention_output_bias": False},
     ignored=IGNORED,
     read=read_qwen,
     write=write_qwen2,

@@ -87,16 +87,12 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, LazyTensor]:
-    file = _open(path)
-    names = file.keys()
-    return {name: _lazy(path, file, name) for name in names}
-
-
-def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="numpy", backend="pread")
+        file: Any = safe_open(path, framework="numpy", backend="pread")
     except (SafetensorError, OSError) as error:
         raise damaged(path, "a safetensors file", error) from error
+    names = file.keys()
+    return {name: _lazy(path, file, name) for name in names}
 
 
 def _lazy(path: Path, file: Any, name: str) -> LazyTensor:

@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -160,6 +160,17 @@ class WeightTable:
     """Tables with other names for all tensors, which some files of this layout have; they are read and never
     written."""
 
+    def with_rules(self, before: str, *rules: Rule) -> "WeightTable":
+        """The table with more rules, in front of the rule for our parameter `before`; they replace those for the same
+        leaves."""
+        filled, merged = {entry.path for entry in rules}, list[Rule]()
+        for entry in self.rules:
+            if entry.path == f"{PARAMS}/{before}":
+                merged += rules
+            if entry.path not in filled:
+                merged.append(entry)
+        return replace(self, rules=tuple(merged))
+
     def spelling(self, names: Iterable[str]) -> "WeightTable":
         """This table or one of its other spellings, the one that knows most of these names."""
         names = tuple(names)
@@ -235,15 +246,15 @@ class WeightTable:
             placements = [part for part in placements if part.path[0] == PARAMS]
         leaves = flatten_dict(variables)
         wrong = [
-            f"{_name(path)} is {_shape(leaf)} instead of {_shape(expected[path])}"
+            f"{'/'.join(path)} is {list(leaf.shape)} instead of {list(expected[path].shape)}"
             for path, leaf in leaves.items()
             if path in expected and leaf.shape != expected[path].shape
         ]
         named = {placement.path for placement in placements}
         homeless = [path for path in leaves if path not in named]
         problems = [
-            *_listed("missing", [_name(path) for path in expected if path not in leaves]),
-            *_listed("without a place in this layout", [_name(path) for path in homeless]),
+            *_listed("missing", ["/".join(path) for path in expected if path not in leaves]),
+            *_listed("without a place in this layout", ["/".join(path) for path in homeless]),
             *_listed("of another shape", wrong),
             *([KEEP] if any(path in expected for path in homeless) else []),  # not for leaves foreign to the model
         ]
@@ -266,16 +277,18 @@ class WeightTable:
         return any(_matches(key, full) for full in (name, self.optional_prefix + name) for key in known)
 
     def survey(self, state: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
-        """What `state` tells about its config: ({a rule's path: the shape of their tensor}, the number of layers)."""
+        """What `state` tells about its config: ({path of our leaf, within its block: the shape of their tensor}, the
+        number of layers)."""
         shapes: dict[str, Shape] = {}
         layers = set()
         for name in state:
             for entry in self.rules:
                 match = _matches(entry.key, name) or _matches(entry.key, self.optional_prefix + name)
                 if match:
-                    shapes.setdefault(entry.path, tuple(_tensor(state, name).shape))
-                    layers |= {match["layer"]} if "layer" in match.groupdict() else set()
-        return shapes, len(layers)
+                    path = entry.path.partition("/")[2].removeprefix("{block}/")
+                    shapes.setdefault(path, tuple(_tensor(state, name).shape))
+                    layers.add(match.groupdict().get("layer"))
+        return shapes, len(layers - {None})
 
     def is_tied(self, state: Mapping[str, Any]) -> bool:
         """Whether every tensor that may repeat another one does so, or is absent."""
@@ -290,16 +303,23 @@ class WeightTable:
             return state
         others = [name for name in state if name.startswith(self.beside)]
         if others:
-            where = [prefix.rstrip(".") for prefix in self.beside if any(name.startswith(prefix) for name in others)]
-            warn(f"{len(others)} tensors of other parts are ignored: {', '.join(where)}")
+            warn(f"{len(others)} tensors of other parts are ignored: {self.parts_of(others)}")
         part: dict[str, Any] = {}
         for name in state:
             if not name.startswith(self.beside):
-                prefix = next((prefix for prefix in self.within if name.startswith(prefix)), "")
-                own = self.within.get(prefix, "") + name.removeprefix(prefix)
+                own = self.own_name(name)
                 twice = own != name and (own in state or own in part)
                 part[name if twice else own] = state[name]
         return part
+
+    def parts_of(self, others: Iterable[str]) -> str:
+        """The larger model's other parts that these names are of."""
+        return ", ".join(part.rstrip(".") for part in self.beside if any(name.startswith(part) for name in others))
+
+    def own_name(self, name: str) -> str:
+        """The name that a tensor of a larger model, or a module, has in our part alone."""
+        prefix = next((prefix for prefix in self.within if name.startswith(prefix)), "")
+        return self.within.get(prefix, "") + name.removeprefix(prefix)
 
     def _names(self, state: Mapping[str, Any], placements: list[Placement]) -> dict[str, str]:
         """{the table's name: the name in `state`}; they differ where `state` leaves the prefix out."""
@@ -339,7 +359,7 @@ class WeightTable:
             ours = placement.our_shape(leaves[placement.path].shape)
             theirs = placement.transform.their_shape(ours)
             if tuple(tensor.shape) != theirs:
-                wrong.append(f"{names[key]} is {_shape(tensor)} instead of {list(theirs)}")
+                wrong.append(f"{names[key]} is {list(tensor.shape)} instead of {list(theirs)}")
             elif not jnp.issubdtype(tensor.dtype, jnp.floating):
                 wrong.append(f"{names[key]} has the type {tensor.dtype}")
         untied = []
@@ -363,7 +383,7 @@ class WeightTable:
             *_listed("unread", unread),
             *_listed("there twice, with and without a prefix", duplicates),
             *_listed("of another shape or type", wrong),
-            *_listed("of ours without a name in this layout", [_name(p) for p in leaves if p not in filled]),
+            *_listed("of ours without a name in this layout", ["/".join(p) for p in leaves if p not in filled]),
             *untied,
         ]
 
@@ -449,15 +469,7 @@ def _check_sizes(leaves: Mapping[Path, Any]) -> None:
     """BadInput for sizes that no memory holds: they are from a damaged config, and NumPy may not take such shapes."""
     for path, leaf in leaves.items():
         if math.prod(leaf.shape) >= 2**48:
-            raise BadInput(f"{_name(path)} would be {_shape(leaf)} by the config, which no memory holds")
-
-
-def _name(path: Path) -> str:
-    return "/".join(path)
-
-
-def _shape(tensor: Any) -> list[int]:
-    return list(tensor.shape)
+            raise BadInput(f"{'/'.join(path)} would be {list(leaf.shape)} by the config, which no memory holds")
 
 
 def _listed(label: str, names: list[str]) -> list[str]:

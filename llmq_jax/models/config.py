@@ -65,8 +65,8 @@ ROPE_FIELDS = {GLOBAL: "rope_parameters", LOCAL: "local_rope_parameters"}
 """{kind of layer: field with its RoPE}, in configs that have both."""
 
 
-def set_layer_types(config: Any, usual: tuple[str, ...]) -> None:
-    """Check `layer_types`, the kind of each layer, of a new config; None stands for the `usual` ones."""
+def set_layer_types(config: Any) -> None:
+    """Check `layer_types`, the kind of each layer, of a new config; None stands for `usual_layer_types`."""
     if config.layer_types is None:
         return
     kinds = tuple(config.layer_types)
@@ -77,5 +77,5 @@ def set_layer_types(config: Any, usual: tuple[str, ...]) -> None:
     require(len(kinds) == layers, config, "layer_types", f"has {len(kinds)} kinds for num_hidden_layers={layers}")
     # The usual ones, written out, are held as None: so equal models have equal configs, and `override` of
     # num_hidden_layers lengthens or shortens them.
-    if kinds == usual:
+    if kinds == config.usual_layer_types:
         object.__setattr__(config, "layer_types", None)

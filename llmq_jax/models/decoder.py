@@ -405,7 +405,7 @@ class Decoder(nn.Module):
         """Whether weights and products are in float32, which a GPU rounds to TF32. In fewer bits drawing rounds
         otherwise than learning, and merging, to W + s A B, rounds a small update away: what answers would not be the
         policy that learns."""
-        types = {np.dtype(self.compute_dtype(variables)), weight_type(jax.tree.leaves(variables["params"]))}
+        types = {np.dtype(self.compute_dtype(variables)), weight_type(variables["params"])}
         return types == {np.dtype(np.float32)} and jax.default_backend() == "cpu"
 
     @nn.nowrap

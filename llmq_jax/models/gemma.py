@@ -124,7 +124,7 @@ class Gemma2Config:
         )
         require(self.head_dim % 2 == 0, self, "head_dim", "must be even: RoPE turns pairs of features")
         require_one_of(ACTIVATIONS, self, "hidden_activation")
-        set_layer_types(self, self.family_layer_types)
+        set_layer_types(self)
         require(
             LOCAL not in self.layer_kinds or self.sliding_window <= self.max_position_embeddings,
             self,
@@ -157,14 +157,14 @@ class Gemma2Config:
         return self.num_key_value_heads
 
     @property
-    def family_layer_types(self) -> tuple[str, ...]:
-        """The family's pattern, written out."""
+    def usual_layer_types(self) -> tuple[str, ...]:
+        """The kind of each layer where `layer_types` is None: the pattern, written out."""
         return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_hidden_layers))
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer."""
-        return self.family_layer_types if self.layer_types is None else tuple(self.layer_types)
+        return self.usual_layer_types if self.layer_types is None else tuple(self.layer_types)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

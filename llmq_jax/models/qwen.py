@@ -49,7 +49,7 @@ class Qwen2Config(Llama3Config):
         super().__post_init__()
         if self.sliding_window is not None:
             require_at_least(1, self, "sliding_window")
-        set_layer_types(self, self.usual_layer_types)
+        set_layer_types(self)
         require(
             self.sliding_window is None or LOCAL in self.layer_kinds,
             self,

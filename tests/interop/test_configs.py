@@ -15,10 +15,11 @@ from llmq_jax.interop.architectures import TABLES
 from llmq_jax.interop.configs import FIXED
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel
-from llmq_jax.models import ARCHITECTURES, Architecture, build, init, preset
+from llmq_jax.models import ARCHITECTURES, PRESETS, Architecture, build, init, preset
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
 from tests.interop.refusals import refused
+from tests.parity.references import config_of_transformers
 from tests.weights import draw_variables
 
 # The config.json of the hub's gpt2, written years ago and never changed.
@@ -190,6 +191,19 @@ def test_every_field_is_known_to_be_transformers_or_not(model_type):
     groups = (table.shared | table.names.keys(), table.own, table.training, ["labels"])
     known = [name for group in groups for name in group]
     assert sorted(known) == sorted(field.name for field in dataclasses.fields(table.config_class))
+
+
+@pytest.mark.parametrize("model_type", TABLES)
+def test_defaults_are_those_of_transformers(model_type):
+    expected = TABLES[model_type].config.config_class()
+    assert config_from_hf({"model_type": model_type}) == expected
+    assert config_from_hf(transformers.AutoConfig.for_model(model_type).to_dict()) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_understood_by_transformers(name):
+    theirs = config_of_transformers(preset(name), "head_dim", "num_nextn_predict_layers")
+    assert config_from_hf(theirs.to_dict()) == preset(name)
 
 
 @pytest.mark.parametrize("model_type", TABLES)

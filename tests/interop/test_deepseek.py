@@ -1,9 +1,7 @@
-"""DeepSeek V3's weights and config.json: experts in two spellings, modules of multi-token prediction, float8, and what
-is refused."""
+"""DeepSeek V3's weights: experts in two spellings, modules of multi-token prediction, and folders of both sides."""
 
 import functools
 import json
-import math
 import warnings
 
 import jax
@@ -20,38 +18,12 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
-from llmq_jax.layers.moe import Experts
-from llmq_jax.layers.positions import Rope, YarnRope
-from llmq_jax.models import build, override, preset
-from llmq_jax.models.deepseek3 import DeepSeekV3Config
+from llmq_jax.models import build, override
+from tests.interop.deepseek import AHEAD, BIAS, PLAIN, SIZES, TOKENS, assert_equal_trees
 from tests.interop.refusals import refused
 from tests.parity.references import numpy_state, randomise
 from tests.weights import draw_variables
 
-# V 13, D 12, N 3, E 6: no two sizes are equal, and those of experts are multiples of 4, in which torch multiplies.
-SIZES = {
-    "vocab_size": 13,
-    "max_position_embeddings": 64,
-    "hidden_size": 12,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "q_lora_rank": 10,
-    "kv_lora_rank": 7,
-    "qk_nope_head_dim": 5,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 11,
-    "intermediate_size": 20,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-    "n_shared_experts": 2,
-    "n_group": 3,
-    "topk_group": 2,
-    "num_nextn_predict_layers": 0,
-}
-PLAIN = DeepSeekV3Config(**SIZES)
-AHEAD = override(PLAIN, num_nextn_predict_layers=2)
 CONFIGS = {
     "plain": PLAIN,
     "modules": AHEAD,
@@ -68,10 +40,6 @@ GIVEN = {
     "topk_group": 2,
     "max_position_embeddings": 64,
 }
-TOKENS = np.random.default_rng(0).integers(0, 13, (2, 9))
-BIAS = "mlp.gate.e_score_correction_bias"
-
-
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -104,13 +72,6 @@ def fused(state):
         )
         state |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
     return state
-
-
-def assert_equal_trees(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
 
 
 # Weights.
@@ -475,294 +436,3 @@ def test_counts_in_config_json_that_are_not_the_file_s(theirs, tmp_path):
     edit(tmp_path, n_group=3, num_hidden_layers=2)
     message = f"{tmp_path}: the weights do not fit DeepSeekV3Config: 32 unread (model.layers.2.input_layernorm.weight, "
     assert refused(lq.load, tmp_path).startswith(message)
-
-
-# Files in float8.
-
-WIDE = override(
-    AHEAD,
-    vocab_size=32,
-    hidden_size=160,
-    intermediate_size=200,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    q_lora_rank=130,
-    kv_lora_rank=40,
-    qk_nope_head_dim=60,
-    qk_rope_head_dim=16,
-    v_head_dim=70,
-    moe_intermediate_size=136,
-    num_nextn_predict_layers=1,
-)
-QUANTIZATION = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "weight_block_size": [128, 128],
-    "activation_scheme": "dynamic",
-}
-DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-def quantised(matrix):
-    """(in float8, scale of each block), for the largest number that float8 has: 448."""
-    rows, columns = (math.ceil(size / 128) for size in matrix.shape)
-    scale = np.empty((rows, columns), np.float32)
-    narrow = np.empty(matrix.shape, ml_dtypes.float8_e4m3fn)
-    for i in range(rows):
-        for j in range(columns):
-            part = np.s_[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
-            scale[i, j] = np.abs(matrix[part]).max() / 448
-            narrow[part] = (matrix[part] / scale[i, j]).astype(narrow.dtype)
-    return narrow, scale
-
-
-def product(narrow, scale):
-    """What they stand for, block by block, in bfloat16."""
-    whole = np.empty(narrow.shape, ml_dtypes.bfloat16)
-    for i, j in np.ndindex(*scale.shape):
-        part = np.s_[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
-        whole[part] = (narrow[part].astype(np.float32) * scale[i, j]).astype(whole.dtype)
-    return whole
-
-
-def as_torch(array):
-    if array.dtype == ml_dtypes.float8_e4m3fn:
-        return torch.tensor(array.view(np.uint8)).view(torch.float8_e4m3fn)
-    return torch.tensor(array.astype(np.float32)).to(getattr(torch, array.dtype.name))
-
-
-def in_linear_layers(name):
-    """Of an attention or a feed-forward network: what DeepSeek's files have in float8."""
-    return name.endswith("_proj.weight") or "kv_a_proj" in name
-
-
-def write(folder, tensors, **quantization):
-    folder.mkdir()
-    save_file({name: as_torch(array) for name, array in tensors.items()}, folder / "model.safetensors")
-    config = config_to_hf(WIDE) | {"quantization_config": QUANTIZATION | quantization}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def float8():
-    """(the tensors of a file in float8, the same dequantised by hand)."""
-    variables = draw_variables(WIDE)
-    variables["params"] = jax.tree.map(lambda leaf: 0.1 * leaf, variables["params"])
-    file, plain = {}, {}
-    for name, array in to_state_dict(variables, WIDE).items():
-        if in_linear_layers(name) and "eh_proj" not in name:
-            file[name], file[f"{name}_scale_inv"] = quantised(array)
-            plain[name] = product(file[name], file[f"{name}_scale_inv"])
-        else:
-            file[name] = plain[name] = array if name.endswith(BIAS) else array.astype(ml_dtypes.bfloat16)
-    return file, plain
-
-
-@pytest.mark.exhaustive
-def test_a_folder_in_float8(float8, tmp_path):
-    file, plain = float8
-    assert file[DOWN].shape == (160, 200) and file[f"{DOWN}_scale_inv"].shape == (2, 2)
-    lm = lq.load(write(tmp_path / "float8", file))
-    assert lm.config == WIDE
-    down = lm.params["group_0"]["block_0"]["mlp"]["down"]["kernel"]
-    assert down.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(down[0], product(file[DOWN], file[f"{DOWN}_scale_inv"]).T)
-    expected = from_state_dict(plain, WIDE)
-    assert_equal_trees(lm.variables, expected)
-    assert {leaf.dtype for leaf in jax.tree.leaves(lm.variables["router"])} == {jnp.dtype("float32")}
-    dequantised = lm.replace(variables=expected)
-    np.testing.assert_array_equal(lm.logits(TOKENS), dequantised.logits(TOKENS))
-    np.testing.assert_array_equal(lm.mtp_logits(TOKENS)[0], dequantised.mtp_logits(TOKENS)[0])
-    # In another type the rounding to bfloat16 is the same.
-    wide = lq.load(tmp_path / "float8", dtype="float32")
-    np.testing.assert_array_equal(wide.params["group_0"]["block_0"]["mlp"]["down"]["kernel"], down.astype(jnp.float32))
-    # And what is written again is no longer in float8.
-    written = lq.save_hf(lm, tmp_path / "again")
-    assert "quantization_config" not in json.loads((written / "config.json").read_text())
-    assert_equal_trees(lq.load(written).variables, expected)
-
-
-def test_scales_that_do_not_fit_are_refused(float8, tmp_path):
-    file, _ = float8
-    scale, gate = f"{DOWN}_scale_inv", "model.layers.1.mlp.experts.0.gate_proj.weight"
-    folder = write(tmp_path / "shape", file | {scale: file[scale][:1]})
-    assert refused(lq.load, folder) == (
-        f"{folder}: {scale} is [1, 2]; {DOWN}, [160, 200] in blocks of 128 x 128, takes [2, 2]"
-    )
-    folder = write(tmp_path / "block", file, weight_block_size=[128, 64])
-    assert "in blocks of 128 x 64, takes [" in refused(lq.load, folder)
-    folder = write(tmp_path / "vector", file | {"model.norm.weight_scale_inv": np.ones((2, 1), np.float32)})
-    assert "model.norm.weight, [160] in blocks of 128 x 128, takes [2]" in refused(lq.load, folder)
-    folder = write(tmp_path / "alone", {name: array for name, array in file.items() if name != gate})
-    assert refused(lq.load, folder) == f"{folder}: {gate}_scale_inv is the scale of a matrix that is not there"
-    folder = write(tmp_path / "unscaled", {name: array for name, array in file.items() if name != scale})
-    assert (
-        refused(lq.load, folder) == f"{folder}: {DOWN} is in float8, and its scale {scale} is not there; get it again"
-    )
-
-
-@pytest.mark.parametrize("size", [None, 128, [128], [128, 128, 128], [128, 0], [128, 128.0], [True, 128], "128x128"])
-def test_sizes_of_blocks_that_are_none(float8, tmp_path, size):
-    folder = write(tmp_path / "bad", float8[0], weight_block_size=size)
-    message = refused(lq.load, folder)
-    assert message.startswith(f"{folder}") and "weight_block_size=" in message
-    assert message.endswith(f"={size!r} is not two numbers of rows and columns")
-
-
-def test_other_quantisations_are_refused():
-    message = refused(config_from_hf, hub(quantization_config={"quant_method": "awq", "bits": 4}))
-    assert message == "quantization_config={'quant_method': 'awq', 'bits': 4} is not supported, only None"
-
-
-# config.json.
-
-
-def hub(**changes):
-    """The config.json of deepseek-ai/DeepSeek-V3, in the spelling of its time."""
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "auto_map": {
-            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-            "AutoModel": "modeling_deepseek.DeepseekV3Model",
-            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
-        },
-        "aux_loss_alpha": 0.001,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "ep_size": 1,
-        "first_k_dense_replace": 3,
-        "hidden_act": "silu",
-        "hidden_size": 7168,
-        "initializer_range": 0.02,
-        "intermediate_size": 18432,
-        "kv_lora_rank": 512,
-        "max_position_embeddings": 163840,
-        "model_type": "deepseek_v3",
-        "moe_intermediate_size": 2048,
-        "moe_layer_freq": 1,
-        "n_group": 8,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_attention_heads": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 61,
-        "num_key_value_heads": 128,
-        "num_nextn_predict_layers": 1,
-        "pretraining_tp": 1,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "quantization_config": QUANTIZATION,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 40,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-            "type": "yarn",
-        },
-        "rope_theta": 10000,
-        "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid",
-        "seq_aux": True,
-        "tie_word_embeddings": False,
-        "topk_group": 4,
-        "topk_method": "noaux_tc",
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.33.1",
-        "use_cache": True,
-        "v_head_dim": 128,
-        "vocab_size": 129280,
-    } | changes
-
-
-def test_a_file_of_the_hub():
-    config = config_from_hf(hub())
-    assert config == preset("deepseek-v3")
-    written = config_to_hf(config)
-    assert written.items() >= {"head_dim": 64, "num_key_value_heads": 128, "num_nextn_predict_layers": 1}.items()
-    assert not written.keys() & {"experts", "balance", "norm", "mtp_hidden", "attention_up_bias"}
-    # What transformers does not write: to vLLM, without it, experts are chosen by a softmax and without their bias.
-    own = ("scoring_func", "topk_method", "moe_layer_freq", "rope_theta")
-    assert {name: written[name] for name in own} == {name: hub()[name] for name in own}
-    assert config_from_hf(written) == config
-    # Its own spelling and transformers' are one.
-    theirs = transformers.DeepseekV3Config(**{k: v for k, v in hub().items() if k != "quantization_config"})
-    assert config_from_hf(json.loads(theirs.to_json_string())) == config
-
-
-@pytest.mark.parametrize(
-    ("spelling", "rope"),
-    [
-        ({}, Rope()),
-        ({"rope_theta": 500.0, "rope_scaling": None}, Rope(500.0)),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, Rope(500.0)),
-        (
-            {
-                "rope_theta": 500.0,
-                "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
-            },
-            YarnRope(500.0, factor=2.0, original_max_position_embeddings=32),
-        ),
-    ],
-)
-def test_spellings_of_rope(spelling, rope):
-    config = config_from_hf({"model_type": "deepseek_v3", **SIZES, **spelling})
-    assert config == override(PLAIN, rope_parameters=rope)
-
-
-def test_groups_that_are_not_said():
-    """null is one group, as in files of models that have none."""
-    values = {"model_type": "deepseek_v3", **SIZES, "n_group": None, "topk_group": None, "num_key_value_heads": None}
-    assert config_from_hf(values) == override(PLAIN, n_group=1, topk_group=1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported, only 'sigmoid'"),
-        ({"topk_method": "greedy"}, "topk_method='greedy' is not supported, only 'noaux_tc'"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq=2 is not supported, only 1"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads=1 must be num_attention_heads=3: latents serve all heads"),
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the 4 experts of topk_group=2 groups"),
-        ({"topk_group": 4}, "topk_group=4 is more than n_group=3"),
-        ({"n_group": 4}, "n_group=4 must divide n_routed_experts=6"),
-        ({"n_routed_experts": "8"}, "n_routed_experts='8' is not of the type int"),
-        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
-        ({"hidden_act": "prelu"}, "hidden_act='prelu' must be one of"),
-        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_parameters.factor=0.5 must be at least 1"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(changes, message):
-    assert message in refused(config_from_hf, {"model_type": "deepseek_v3", **SIZES, **changes})
-
-
-def test_what_leaves_the_function_of_experts_is_exported():
-    for config in (PLAIN, CONFIGS["nothing shared"]):
-        assert config_to_hf(override(config, experts={"dispatch": "dense", "balance": None})) == config_to_hf(config)
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"experts": Experts(6, 2)},
-        {"experts": {"dispatch": "capacity", "capacity_factor": 1.0}},
-        {"norm": "dyt"},
-        {"attention_up_bias": True},
-        {"mtp_hidden": "before_norm"},
-    ],
-    ids=str,
-)
-def test_what_transformers_does_not_compute_cannot_be_exported(field, tmp_path):
-    config = override(PLAIN, **field)
-    (name,) = field
-    message = refused(config_to_hf, config)
-    assert message.startswith(f"{name}=") and "cannot be exported: transformers' deepseek_v3" in message
-    lm = lq.LanguageModel(config, build(config), draw_variables(config))
-    assert "cannot be exported" in refused(lq.save_hf, lm, tmp_path / "hf")

@@ -1,7 +1,5 @@
-"""GGUF files: every type of tensor, whole models against transformers, files that are broken, and a real one."""
+"""Models in GGUF files: against transformers, files that do not fit, and a real one."""
 
-import math
-import random
 import re
 
 import ml_dtypes
@@ -9,247 +7,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
-from gguf.constants import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import END_OF_TURN
-from llmq_jax.interop.gguf_files import AT_ONCE, open_gguf
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.model_files import has_config, load
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.objectives.grpo import can_share_prompts
+from tests.interop.llama_cpp import VOCABULARY, add_vocabulary, make_model, refused, write, write_llama
 from tests.smollm2 import smollm2_gguf
 
 LOGITS = 1e-4
-VOCABULARY = 300
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 40))
 
 
-def write(writer: GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def refused(action, path, **arguments) -> str:
-    with pytest.raises(BadInput) as caught:
-        action(path, **arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(path) in message
-    return message
-
-
-# Types and, where the package can quantise, how far their numbers may be from those that were stored.
-ERRORS = {"Q8_0": 0.02, "Q5_0": 0.2, "Q5_1": 0.2, "Q4_0": 0.4, "Q4_1": 0.4, "TQ1_0": 3.0, "TQ2_0": 3.0, "MXFP4": 1.0}
-BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
-BLOCKS += ["IQ4_NL", "IQ4_XS", "NVFP4"]
-
-
-def stored_blocks(name: str, numbers: np.ndarray, rng) -> np.ndarray:
-    """Bytes of a quantised tensor: of these numbers where the package can quantise, else any."""
-    kind = GGMLQuantizationType[name]
-    if name in ERRORS:
-        return quantize(numbers, kind)
-    block, size = GGML_QUANT_SIZES[kind]
-    return rng.integers(0, 256, (len(numbers), numbers.shape[1] // block * size), np.uint8)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # blocks of any bytes have any scales
-def test_tensors_of_all_types(tmp_path):
-    """Numbers as the package `gguf` works them out, in PyTorch's shapes; types that are not quantised are kept."""
-    rng = np.random.default_rng(0)
-    numbers = rng.standard_normal((3, 5)).astype(np.float32)
-    plain = {"F32": numbers, "F16": numbers.astype(np.float16), "BF16": numbers.astype(ml_dtypes.bfloat16)}
-    path = tmp_path / "types.gguf"
-    writer = GGUFWriter(path, "llama")
-    for name, array in plain.items():
-        raw = array.view(np.uint8) if name == "BF16" else array
-        writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType[name])
-    wide = rng.standard_normal((4, 512)).astype(np.float32)
-    blocks = {name: stored_blocks(name, wide, rng) for name in (*ERRORS, *BLOCKS)}
-    for name, raw in blocks.items():
-        writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType[name])
-    writer.add_tensor("vector", np.arange(7, dtype=np.float32))
-    write(writer)
-
-    tensors = open_gguf(path).tensors
-    assert set(tensors) == {*plain, *blocks, "vector"}
-    for name, array in plain.items():
-        assert (tensors[name].shape, tensors[name].dtype) == ((3, 5), array.dtype)
-        np.testing.assert_array_equal(np.asarray(tensors[name]), array)
-    for name, raw in blocks.items():
-        expected = dequantize(raw, GGMLQuantizationType[name])
-        assert np.unique(expected).size > 2
-        assert (tensors[name].shape, tensors[name].dtype) == ((4, 512), np.float32)
-        np.testing.assert_array_equal(np.asarray(tensors[name]), expected)
-        if name in ERRORS:
-            np.testing.assert_allclose(np.asarray(tensors[name]), wide, atol=ERRORS[name])
-    np.testing.assert_array_equal(np.asarray(tensors["vector"]), np.arange(7))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_tensors_of_more_numbers_than_are_worked_out_at_a_time(tmp_path):
-    """Three axes, and the last part is shorter than the others."""
-    rng = np.random.default_rng(0)
-    raw = stored_blocks("Q5_K", np.empty((3 * 130, 1024)), rng).reshape(3, 130, -1)
-    path = tmp_path / "large.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tensor("large", raw, raw_dtype=GGMLQuantizationType.Q5_K)
-    write(writer)
-    found = open_gguf(path).tensors["large"]
-    assert found.shape == (3, 130, 1024)
-    assert 3 * 130 * 1024 % AT_ONCE > 0 < 3 * 130 * 1024 // AT_ONCE
-    np.testing.assert_array_equal(np.asarray(found), dequantize(raw, GGMLQuantizationType.Q5_K))
-
-
-def test_metadata_are_plain_values(tmp_path):
-    path = tmp_path / "metadata.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_float32("epsilon", 1e-5)
-    writer.add_float64("wide", 0.1)
-    writer.add_bool("yes", True)
-    writer.add_int8("negative", -3)
-    writer.add_uint64("large", 2**63)
-    writer.add_string("text", "naïve 你好")
-    writer.add_array("texts", ["a", "", "ü"])
-    writer.add_array("numbers", [1, -2, 3])
-    writer.add_array("fractions", [0.5, -1.0])
-    write(writer)
-    metadata = open_gguf(path).metadata
-    assert metadata == {
-        "general.architecture": "llama",
-        "epsilon": 1e-5,
-        "wide": 0.1,
-        "yes": True,
-        "negative": -3,
-        "large": 2**63,
-        "text": "naïve 你好",
-        "texts": ["a", "", "ü"],
-        "numbers": [1, -2, 3],
-        "fractions": [0.5, -1.0],
-    }
-    assert type(metadata["yes"]) is bool
-
-
-@pytest.mark.parametrize("name", ["Q8_K", "Q1_0", "I32", "F64"])
-def test_unsupported_types_are_named_before_anything_is_read(tmp_path, name):
-    path = tmp_path / "odd.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_tensor("fine", np.zeros(32, np.float32))
-    kind = GGMLQuantizationType[name]
-    block, size = GGML_QUANT_SIZES[kind]
-    writer.add_tensor("odd.weight", np.zeros((2, size * 256 // block), np.uint8), raw_dtype=kind)
-    write(writer)
-    message = refused(open_gguf, path)
-    assert f"odd.weight has the type {name}; supported are F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2" in message
-    assert {*message.split("supported are ")[1].split(", ")} >= {"F32", "F16", "BF16", *ERRORS, *BLOCKS}
-
-
-# Whole models.
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    name = name.replace("model.layers.", "blk.")
-    for theirs, ours in NAMES.items():
-        name = name.replace(f"{theirs}.", f"{ours}.")
-    return name
-
-
-def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The order of query and key rows in llama.cpp: within a head, features of the two halves in turns."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def llama3_divisors(rope: dict, width: int) -> np.ndarray:
-    """What llama.cpp's converter writes as rope_freqs.weight for the scaling of Llama 3.1."""
-    divisors = []
-    for i in range(0, width, 2):
-        turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** (i / width))
-        if turns > rope["high_freq_factor"]:
-            divisors.append(1.0)
-        elif turns < rope["low_freq_factor"]:
-            divisors.append(rope["factor"])
-        else:
-            smooth = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return np.array(divisors, np.float32)
-
-
-def write_llama(path, model, change=None, kind="F32") -> None:
-    """A model of transformers as llama.cpp's converter writes it, with a vocabulary of bytes."""
-    config, rope = model.config, model.config.rope_parameters
-    is_llama = config.model_type == "llama"
-    writer = GGUFWriter(path, config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if is_llama:
-        writer.add_rope_dimension_count(width)
-    if width * config.num_attention_heads != config.hidden_size:
-        writer.add_key_length(width)
-        writer.add_value_length(width)
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if rope["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, width))
-    if change is not None:
-        change(writer)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if is_llama else {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.numpy()
-        for part, count in heads.items():
-            if f".{part}." in name:
-                array = permuted(array, count)
-        raw_kind = GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), quantize(np.ascontiguousarray(array), raw_kind), raw_dtype=raw_kind)
-    write(writer)
-
-
-BASE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
@@ -268,17 +41,6 @@ MODELS = {
         }
     },
 }
-TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 40))
-
-
-def make_model(model_type="llama", **changes):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **BASE | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)  # biases begin as zeros, norms as ones
-    return model
 
 
 def their_logits(model) -> np.ndarray:
@@ -371,19 +133,6 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     write_llama(path, make_model(), add_vocabulary)
     return path
-
-
-TOKEN_TEXTS = [*(chr(0x100 + i) for i in range(VOCABULARY - 4)), "<|end|>", "<s>", "</s>", "<|eot_id|>"]
-
-
-def add_vocabulary(writer):
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(TOKEN_TEXTS)
-    writer.add_token_types([1] * (VOCABULARY - 4) + [3] * 4)
-    writer.add_token_scores([-float(i) for i in range(VOCABULARY)])
-    writer.add_bos_token_id(VOCABULARY - 3)
-    writer.add_eos_token_id(VOCABULARY - 2)
-    writer.add_chat_template("{% for m in messages %}{{ m.content + '<|eot_id|>' }}{% endfor %}")
 
 
 def test_a_folder_with_one_file_stands_for_it(tiny):
@@ -520,86 +269,6 @@ def test_missing_metadata(tmp_path):
     writer.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
     write(writer)
     assert "the metadata lacks llama.block_count" in refused(load, path)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "not a GGUF file, or truncated or damaged"),
-        (b"GGUF", "the header goes on to byte 8 of 4"),
-        (b"PK\x03\x04" + bytes(100), "it does not begin with GGUF"),
-        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
-        (b"GGUF" + (1).to_bytes(4, "little") + bytes(50), "is GGUF of version 1, which is not supported"),
-        (b"GGUF" + (3).to_bytes(4, "big") + bytes(50), "is written for big-endian machines"),
-    ],
-)
-def test_files_of_another_kind(tmp_path, content, reason):
-    path = tmp_path / "file.gguf"
-    path.write_bytes(content)
-    assert reason in refused(load, path)
-
-
-def pair(key: bytes, kind: int, value: bytes) -> bytes:
-    return len(key).to_bytes(8, "little") + key + kind.to_bytes(4, "little") + value
-
-
-LENGTH = (2**60).to_bytes(8, "little")
-UINT8, STRING, ARRAY = 0, 8, 9
-
-
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        pair(b"key", STRING, LENGTH),
-        pair(b"key", ARRAY, UINT8.to_bytes(4, "little") + LENGTH),
-        pair(b"key", ARRAY, STRING.to_bytes(4, "little") + LENGTH),
-        pair(b"key", ARRAY, ARRAY.to_bytes(4, "little") + LENGTH) + bytes(12) * 100,
-        pair(b"key", 99, bytes(8)),
-        LENGTH,
-        pair(b"key", UINT8, b"1") * 2,
-        pair(b"\xff\xfe", UINT8, b"1"),
-    ],
-    ids=["string", "array", "strings", "nested", "type", "key", "double", "encoding"],
-)
-def test_lengths_are_held_against_the_size_of_the_file(tmp_path, pairs):
-    path = tmp_path / "file.gguf"
-    counts = bytes(8) + LENGTH
-    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + counts + pairs)
-    assert "not a GGUF file, or truncated or damaged" in refused(load, path)
-
-
-def test_truncated_files(tiny, tmp_path):
-    content = tiny.read_bytes()
-    path = tmp_path / "file.gguf"
-    for size in [*range(0, len(content) - 32, 2003), len(content) - 100]:
-        path.write_bytes(content[:size])
-        assert "truncated" in refused(load, path)
-
-
-def test_damaged_headers(tiny, tmp_path):
-    """Any byte of the header changed: the file is read or refused in one line, whatever the byte says."""
-    content, rng = tiny.read_bytes(), random.Random(0)
-    path = tmp_path / "file.gguf"
-    seen = 0
-    for _ in range(150):
-        damaged = bytearray(content)
-        damaged[rng.randrange(8, 6000)] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            open_gguf(path)
-        except BadInput as error:
-            seen += 1
-            assert "\n" not in str(error)
-    assert seen > 15
-
-
-def test_a_file_that_shrinks_after_it_was_opened(tiny, tmp_path):
-    path = tmp_path / "file.gguf"
-    path.write_bytes(tiny.read_bytes())
-    tensors = open_gguf(path).tensors
-    path.write_bytes(tiny.read_bytes()[:-5000])
-    with pytest.raises(BadInput, match="the file has changed since it was opened"):
-        [np.asarray(tensor) for tensor in tensors.values()]
 
 
 # The real thing.

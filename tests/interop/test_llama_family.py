@@ -10,8 +10,6 @@ import llmq_jax as lq
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.models import override, preset
 from llmq_jax.models.config import GLOBAL, LOCAL
-from llmq_jax.models.mistral import PRESETS as MISTRAL
-from llmq_jax.models.qwen import PRESETS as QWEN
 from tests.interop.refusals import refused
 from tests.weights import draw_variables
 
@@ -257,15 +255,6 @@ def test_long_contexts_as_qwen_s_model_cards_have_them():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     with pytest.warns(UserWarning, match="rope_type 'yarn' has factor=4.0, which counts, and max_position_embeddings="):
         assert config_from_hf(QWEN_3 | {"rope_scaling": scaling}).rope == rope
-
-
-@pytest.mark.parametrize("name", [*MISTRAL, *QWEN])
-def test_every_preset_is_understood_by_transformers(name):
-    values = config_to_hf(preset(name))
-    theirs = transformers.AutoConfig.for_model(**values)
-    passed_over = ("architectures", "rope_theta", "rope_scaling")
-    assert all(getattr(theirs, name) == value for name, value in values.items() if name not in passed_over)
-    assert config_from_hf(theirs.to_dict()) == preset(name)
 
 
 SMALL = {**SIZES, "num_hidden_layers": 3}

@@ -120,14 +120,16 @@ def test_a_zip_of_paths_that_leave_it(watched):
     assert not Path("/tmp/made-by-a-model").exists()
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "{}/secret.safetensors", "a/../../secret.safetensors", ".."])
-def test_an_index_that_leaves_its_folder(watched, name):
-    name = name.format(watched.parent)
-    (watched / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    assert "which is no .safetensors file in the same folder" in refused(load, watched)
-    (watched / "model.safetensors.index.json").unlink()
-    (watched / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    assert "which is no .bin file in the same folder" in refused(load, watched)
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret{0}", "{1}/secret{0}", "a/../../secret{0}", "sub/model{0}", "model{0}.txt", "/etc/passwd", "..", ""],
+)
+def test_an_index_that_leaves_its_folder(watched, weights, name):
+    index, suffix = watched / f"{weights}.index.json", Path(weights).suffix
+    name = name.format(suffix, watched.parent)
+    index.write_text(json.dumps({"weight_map": {"w": name}}))
+    assert refused(load, watched) == f"{index}: names {name!r}, which is no {suffix} file in the same folder"
 
 
 def safetensors_file(path: Path, header: dict | bytes, data: bytes = bytes(16), length: int | None = None) -> Path:

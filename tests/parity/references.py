@@ -1,15 +1,26 @@
 """PyTorch models to compare with: tiny, and randomised so that no fault can hide behind an initial value."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from convert.parity_reference import Reference, randomise
+from llmq_jax.interop import config_to_hf
 from tests.parity.gradients import assert_same_gradients
 
-__all__ = ["PAIRS", "assert_same_gradients", "fields_of_transformers", "numpy_gradients", "numpy_state", "randomise"]
+__all__ = [
+    "PAIRS",
+    "assert_same_gradients",
+    "config_of_transformers",
+    "fields_of_transformers",
+    "numpy_gradients",
+    "numpy_state",
+    "randomise",
+]
 
 PAIRS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or 6, who knows"},
@@ -33,6 +44,18 @@ FOR_OTHERS = {
 def fields_of_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
     """An exported config.json without those."""
     return {name: value for name, value in values.items() if name not in FOR_OTHERS}
+
+
+def config_of_transformers(ours: Any, *undeclared: str) -> Any:
+    """What transformers makes of an exported config: it has the export's fields, with their values, and its class
+    declares all but the `undeclared`."""
+    values = config_to_hf(ours)
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(values), bos_token_id=0, eos_token_id=0)
+    declared = {*type(theirs)().to_dict(), *theirs.attribute_map, *undeclared}
+    for name, value in fields_of_transformers(values).items():
+        assert name in declared, f"{name} is a field that transformers does not have"
+        assert getattr(theirs, name) == value, name
+    return theirs
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:

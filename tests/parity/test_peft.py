@@ -22,6 +22,7 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.model_files import has_config
 from llmq_jax.objectives import NextToken
+from tests.interop.refusals import refused
 from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed, moved
 from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
 
@@ -304,12 +305,9 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypa
         [(quantised, "quantization_config="), ("/home/a/base", "there is no such file")]
     ):
         lost = changed(folder, tmp_path / f"lost {number}", {"base_model_name_or_path": str(path)})
-        with pytest.raises(BadInput) as error:
-            lq.load(lost)
-        assert str(error.value).startswith(f"{lost}: its base {path} cannot be loaded: {path}") and why in str(
-            error.value
-        )
-        assert f'lq.load_adapter(lq.load("..."), "{lost}")' in str(error.value)
+        message = refused(lq.load, lost)
+        assert message.startswith(f"{lost}: its base {path} cannot be loaded: {path}") and why in message
+        assert f'lq.load_adapter(lq.load("..."), "{lost}")' in message
     # A model in the folder itself is its base, as where a trainer wrote into that.
     inside = changed(folder, tmp_path / "inside", {"base_model_name_or_path": str(tmp_path / "inside")})
     for file in ("config.json", "model.safetensors"):
@@ -532,10 +530,7 @@ AT_EMBEDDING = {
 )
 def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, config, tensors, message):
     lm, folder = llama
-    with pytest.raises(BadInput) as error:
-        lq.load_adapter(lm, changed(folder, tmp_path / "changed", config, tensors))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert message in refused(lq.load_adapter, lm, changed(folder, tmp_path / "changed", config, tensors))
 
 
 @pytest.mark.parametrize(
@@ -562,10 +557,7 @@ def test_tiny_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, 
         rest = {other: x for other, x in state.items() if other != name}
         return rest if tensor is None else rest | {name: tensor}
 
-    with pytest.raises(BadInput) as error:
-        lq.load_adapter(lm, changed(tmp_path / "tied", tmp_path / "changed", None, damaged))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    assert message in refused(lq.load_adapter, lm, changed(tmp_path / "tied", tmp_path / "changed", None, damaged))
 
 
 def test_adapters_that_peft_has_no_form_for_are_refused(llama, tmp_path):

@@ -1,0 +1,182 @@
+"""Models and tokenizers by the names that the Hugging Face hub has for them: what is fetched, and what is said."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+import llmq_jax as lq
+from llmq_jax.data import load_tokenizer
+from llmq_jax.errors import BadInput
+from llmq_jax.model_files import load
+from llmq_jax.models.gpt2 import GPT2Config
+from tests.byte_fallback import fallback_tokenizer
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model."""
+    config = GPT2Config(
+        vocab_size=37, max_position_embeddings=16, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
+    )
+    return lq.save_hf(lq.LanguageModel(config, lq.build(config), draw_variables(config)), tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_hub_id_without_a_network(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    unreached = "the Hugging Face hub could not be reached (no network, or offline)"
+    assert refused(load, name) == f"{name}: there is no such file or folder, and {unreached}"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "revision"),
+    [
+        ("gpt2", "gpt2", None),
+        ("org/tiny", "org/tiny", None),
+        ("org/tiny@v1.0", "org/tiny", "v1.0"),
+        ("org/tiny@refs/pr/1", "org/tiny", "refs/pr/1"),
+    ],
+)
+def test_the_hub_is_asked_for_a_revision_and_for_data_alone(folder, monkeypatch, name, repository, revision):
+    asked = []
+
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        asked.append((repo_id, revision))
+        there = [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "merges.txt",
+            "chat_template.jinja",
+        ]
+        there += ["additional_chat_templates/tool_use.jinja", "modeling_tiny.py", "pytorch_model.bin", "x.pkl"]
+        there += ["training_args.bin", "run.sh", "onnx/model.json", "onnx/model.safetensors", "other/template.jinja"]
+        wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        texts = ["tokenizer.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+        assert wanted == ["config.json", *(["model.safetensors"] if len(asked) > 1 else []), *texts]
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load(name)
+    assert asked == [(repository, revision)] * 2  # texts first
+
+
+def test_no_weights_are_fetched_of_a_model_whose_config_is_refused(folder, monkeypatch, tmp_path):
+    """Unless another config takes its place."""
+    fetched = []
+
+    def snapshot_download(allow_patterns, **wanted):
+        fetched.append("model*.safetensors" in allow_patterns)
+        if fetched[-1]:
+            shutil.copy(folder / "model.safetensors", tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert f"{tmp_path / 'config.json'}: model_type 'mamba' is not supported" in refused(load, "org/tiny")
+    assert "is not supported" in refused(load, "org/tiny", config={"vocab_size": 7})
+    assert fetched == [False, False]
+    load("org/tiny", config=load(folder).config)
+    assert fetched[2:] == [False, True]
+
+
+def test_what_the_hub_does_not_give_is_told_in_a_line(tmp_path, monkeypatch):
+    def gguf_alone(**wanted):
+        return str(tmp_path / "snapshots" / "0")  # which is not made where no file is fetched
+
+    def dropped(**wanted):
+        raise RuntimeError("peer closed connection\nwithout a word")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gguf_alone)
+    assert "has no file on the Hugging Face hub that could be read" in refused(load, "org/tiny-GGUF")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", dropped)
+    assert "the Hugging Face hub did not give it (peer closed connection)" in refused(load, "org/tiny")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (GatedRepoError, "is given to those who accept its licence: do so on https://huggingface.co/org/tiny, "),
+        (RepositoryNotFoundError, "the Hugging Face hub shows you no such model; check the name, or, of a private"),
+    ],
+)
+def test_what_the_hub_does_not_give_to_strangers(monkeypatch, kind, told):
+    """For want of a network these are raised here as the hub's client raises them: the first line tells nothing."""
+
+    def refusing(**wanted):
+        answer = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise kind("401 Client Error.\n\nNo access.", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    message = refused(load, "org/tiny@v1.0")
+    assert message.startswith("org/tiny@v1.0: ") and told in message
+    assert "https://huggingface.co/org/tiny" in message and "by `hf auth login`, or set HF_TOKEN" in message
+
+
+def test_a_name_with_a_revision_that_is_none():
+    for name in ("org/tiny@", "org/tiny@a b", "@v1", "org/tiny@v1@v2"):
+        assert refused(load, name) == f"{name}: there is no such file or folder"
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    assert refused(load, "runs/min") == "runs/min: there is no such file or folder; did you mean runs/mine?"
+    assert refused(load, "runs/other") == "runs/other: there is no such file or folder"
+
+
+@pytest.mark.parametrize("name", ["./gpt2", "/no/such/folder", "a/b/c", "what is this"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    assert refused(load, name) == f"{name}: there is no such file or folder"
+
+
+def test_a_hub_model_in_the_cache(folder, tmp_path, monkeypatch):
+    """Files of the hub's cache are links that leave their folder."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    for path in folder.iterdir():
+        shutil.copy(path, repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    lm = load("org/tiny")
+    tokens = np.arange(9)[None]
+    np.testing.assert_array_equal(lm.logits(tokens), load(folder).logits(tokens))
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(monkeypatch, tmp_path):
+    there = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt", "run.py", "a/b.json"]
+    there += ["additional_chat_templates/tool_use.jinja", "original/tokenizer.model", "onnx/merges.txt"]
+
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert (repo_id, revision) == ("org/tiny", "v1")
+        assert wanted == [
+            "config.json",
+            "tokenizer.json",
+            "vocab.json",
+            "merges.txt",
+            "additional_chat_templates/tool_use.jinja",
+        ]
+        fallback_tokenizer().save(tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    tokenizer = load_tokenizer("org/tiny@v1")
+    assert tokenizer.name == "org/tiny@v1" and tokenizer.encode("hi") == fallback_tokenizer().encode("hi")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda **wanted: str(tmp_path / "none"))
+    with pytest.raises(BadInput, match=r"org/tiny: has no file on the Hugging Face hub"):
+        load_tokenizer("org/tiny")
