@@ -1,5 +1,5 @@
 """Where a run's data are: at the paths of its options and, in a folder with several splits, in the files of each
-split."""
+split; and which records are held out where there is no file of them."""
 
 from collections.abc import Callable
 from pathlib import Path
