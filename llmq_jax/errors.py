@@ -1,11 +1,12 @@
 """The one error type for bad input, the hint at what was meant, and warnings."""
 
+import contextlib
 import difflib
 import os
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 BAD_INPUT = 2
@@ -21,6 +22,15 @@ class BadInput(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(map(_printable, message)))
+
+
+@contextlib.contextmanager
+def at_place(where: object) -> Iterator[None]:
+    """BadInput raised within it begins with this place."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
 
 
 def _printable(character: str) -> str:

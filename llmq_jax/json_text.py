@@ -12,13 +12,11 @@ def parse_json(text: str | bytes) -> Any:
     nested more than `DEEPEST` deep, or has an integer of thousands of digits."""
     try:
         value = json.loads(text)
-    except RecursionError:
-        value, too_deep = None, True
-    else:
         begun = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
-        too_deep = begun > DEEPEST and _is_deeper(value)
-    if too_deep:
-        raise ValueError("it is nested too deeply")
+        if begun > DEEPEST and _is_deeper(value):
+            raise RecursionError
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     return value
 
 

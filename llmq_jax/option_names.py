@@ -4,9 +4,8 @@ The names are those of nanoGPT's config, of transformers' and TRL's arguments, a
 docs/from_trl.md says where meanings differ.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields as fields_of
-from typing import Protocol
 
 from llmq_jax.errors import close_names
 
@@ -102,15 +101,9 @@ WITHOUT_OPTION = {
 """{name for which we have no option: (a field of the commands that it is for, what to do there)}."""
 
 
-class Spelling(Protocol):
-    """How a field is written where the user gives it; with a value, how it is given that."""
-
-    def __call__(self, field: str, value: str = "") -> str: ...
-
-
-def meant_by(name: str, fields: Collection[str], shown: Spelling) -> str:
+def meant_by(name: str, fields: Collection[str], shown: Callable[..., str]) -> str:
     """A hint at what an unknown option was meant to be, by the names in other programs or else by its spelling; ""
-    where nothing is near. `shown` spells a field."""
+    where nothing is near. `shown(field)` spells a field as the user gives it, `shown(field, value)` with a value."""
     elsewhere = name.removeprefix("--").replace("-", "_")
     if elsewhere in RESUMING and "out" in fields:
         return "the same command again resumes a run"

@@ -99,7 +99,7 @@ def named_as_options(*same: str, **others: str) -> Iterator[None]:
     """BadInput raised within it in the options' names: "beta=-1 must be" is "--beta is -1 and must be". The options of
     the fields `same` have the fields' names; `others` is {field: the field of its option}. The name of a config's class
     may stand before a field."""
-    names = {**dict(zip(same, same, strict=True)), **others}
+    names = {name: name for name in same} | others
     named = rf"(?<![\w.])(?:\w+Config\.)?({'|'.join(names)})\b(?:=('?)([^\s',;]+)\2( must)?)?"
 
     def option(found: re.Match[str]) -> str:

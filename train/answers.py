@@ -28,14 +28,15 @@ def ending_with(end: int | None, generation: Any) -> Any:
 
 
 def questioner(options: Any, lm: Any, held_out: list) -> Any:
-    """`ask(variables)` -> an instruction and the model's greedy answer to it, as text.
+    """`ask(variables, step)` -> an instruction and the model's greedy answer to it, as text, for the variables of a
+    training state at any step.
 
-    BadInput, before the run begins, where no instruction leaves room for an answer; with --sample-every 0, None
-    instead.
+    BadInput, before the run begins, where no instruction leaves room for an answer, unless it never asks one.
     """
     from llmq_jax.data.conversations import as_conversation
     from llmq_jax.data.records import Record
     from llmq_jax.generation import Sampler, generate
+    from llmq_jax.training.parts import whole
 
     longest = lm.config.max_position_embeddings
     if options.sample_prompt is not None:
@@ -43,18 +44,16 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
         held_out = [as_conversation(record)]
     prompts = ((prompt_tokens(conversation, options, lm.tokenizer), conversation) for conversation in held_out)
     prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
-    if prompt is None:
-        if options.sample_every == 0:
-            return None
+    if prompt is None and options.sample_every != 0:
         which = "--sample-prompt" if options.sample_prompt is not None else "every conversation"
         raise BadInput(
             f"{which} leaves no room for an answer within the model's {longest} tokens: give a shorter "
             "--sample-prompt, or --sample-every 0"
         )
 
-    def ask(variables):
+    def ask(variables, at_step=0):
         tokens = min(SAMPLE_TOKENS, longest - len(prompt))
-        learner = lm.replace(variables=variables)
+        learner = lm.replace(variables=whole(variables))
         answer = generate(learner, [prompt], max_new_tokens=tokens, sampler=Sampler(temperature=0.0)).text[0]
         return f"{question(conversation) or lm.tokenizer.decode(prompt)}\n-> {answer.strip()}"
 

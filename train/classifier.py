@@ -245,13 +245,9 @@ def split_data(
         kept = kept.balanced(options.split_seed)
         print(f"balanced to {len(kept):,}")
 
-    fractions = {"validation": options.validation_fraction, "test": options.test_fraction}
-    fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
-    if fractions:
-        shares = (1 - sum(fractions.values()), *fractions.values())
-        parts |= dict(zip(("training", *fractions), kept.stratified_split(shares, options.split_seed), strict=True))
-    else:
-        parts["training"] = kept
+    fractions = {name: getattr(options, f"{name}_fraction") for name in ("validation", "test") if name not in parts}
+    shares = (1.0 - sum(fractions.values()), *fractions.values())
+    parts |= dict(zip(("training", *fractions), kept.stratified_split(shares, options.split_seed), strict=True))
     for name in ("training", "validation", "test"):
         counts = ", ".join(f"{count:,} {label}" for label, count in zip(names, parts[name].counts(), strict=True))
         print(f"{name + ':':12}{counted(len(parts[name]), 'text')} ({counts})")
@@ -313,9 +309,7 @@ def token_rows(
 
     from llmq_jax.data import check_vocabulary
 
-    where = str({"validation": sources.validation, "test": sources.test}.get(part) or sources.training)
-    if part is None and options.sample_prompt is not None:
-        where = "--sample-prompt"
+    where = "--sample-prompt" if part is None else str(getattr(sources, part) or sources.training)
     rows, cut = source.class_tokens(texts, options.max_length)
     if part is not None and cut:
         print(f"{part}: {cut:,} of {counted(len(rows), 'text')} cut to --max-length {options.max_length}")

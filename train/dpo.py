@@ -10,6 +10,7 @@ the model before training or another one, computes its log-probabilities once, b
 memory. The same command again resumes a run that was stopped.
 """
 
+import io
 import itertools
 import time
 import zipfile
@@ -141,18 +142,16 @@ def main(options: Options) -> Any:
     parts = {"training": learned, "validation": held_out}
     digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
-    settings = {
-        "config": {"recipe": "train.dpo", **own_options(options), **digests},
-        "may_change": MAY_CHANGE,
-        "model_config": config,
-    }
+    recorded = {"recipe": "train.dpo", **own_options(options), **digests}
     # Loaded before the run folder is opened, since it may not fit into memory; not needed once the run has learned from
     # its log-probabilities.
     learning = of_first(lambda: has_learned(Path(options.out)))
     if options.reference is not None:
         reference = None if learning else other_reference(options, source)
     digest = None if reference is None else weight_digest(reference.variables)
-    with resuming.open_folder(options.out, run_options(options), **settings) as folder:
+    with resuming.open_folder(
+        options.out, run_options(options), config=recorded, may_change=MAY_CHANGE, model_config=config
+    ) as folder:
         # Of a run that failed before its first step they may be those of other pairs.
         path = folder.path / REFERENCE_FILE
         if first() and not folder.resumed:
@@ -171,11 +170,8 @@ def main(options: Options) -> Any:
         def evaluate(variables):
             return step.evaluate(eval_step, variables, map(own_rows, some))
 
-        def sample(variables, at_step):
-            return ask(whole(variables))
-
         if not folder.resumed and options.sample_every != 0:
-            print(printable(ask(whole(learner.variables))), flush=True)
+            print(printable(ask(learner.variables)), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
         state = learner.state(optimizer, options.seed)
@@ -194,7 +190,7 @@ def main(options: Options) -> Any:
             tokenizer=TextFiles(tokenizer, source.generation),
             schedule=schedule,
             evaluate=evaluate,
-            sample=sample,
+            sample=ask,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
             next_commands=next_commands(options.out, config, converses),
@@ -258,18 +254,9 @@ def reference_logprobs(
     found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
     print(f"asked in {time.monotonic() - began:.0f} s", flush=True)
     if first():
-        write_atomically(path, npz_bytes({**found, DIGEST: np.array(digest)}))
+        np.savez(file := io.BytesIO(), **found, **{DIGEST: np.array(digest)})
+        write_atomically(path, file.getvalue())
     return found, digest
-
-
-def npz_bytes(arrays: dict[str, Any]) -> bytes:
-    import io
-
-    import numpy as np
-
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
 
 
 def other_reference(options: Options, source: Any) -> Any:

@@ -38,10 +38,9 @@ from train.options import (
     row_parts,
     run_options,
     train_step_of,
-    warmup_steps,
 )
 from train.prompts import numbered, prompts_of
-from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
+from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, scorer_of
 from train.sources import one_split, sources_of
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
@@ -49,7 +48,8 @@ from train.what_trains import FineTuningOptions, TuningOptions, check_what_train
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
-SHOWN = ("reward", "reward_std")
+OF_LOSS = ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio", "entropy_coefficient")
+OF_VALIDATION = ("validation_data", "validation_prompts", "validation_fraction", "split_seed")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def main(options: Options) -> Any:
         group_size=shared_by(options, learner.model, longest_prompt),
     )
     longest = longest_prompt + options.max_new_tokens
-    score = rewards(options, source, functions, longest)
+    score = scorer_of(options, source, functions, longest)
     loop = Loop(
         source,
         objective,
@@ -270,8 +270,7 @@ def main(options: Options) -> Any:
         return table(loop, variables, batches[at_step - 1])
 
     converses = options.template != "plain" and source.tokenizer.chat_template is not None
-    parts = {"training": training, "validation": validation}
-    digests = digests_of(parts, numbered)
+    digests = digests_of({"training": training, "validation": validation}, numbered)
     digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)
     result = engine.run(
         loop.start(learner.state(optimizer, options.seed)),
@@ -288,7 +287,7 @@ def main(options: Options) -> Any:
         evaluate=evaluate,
         judged_by=("reward", "highest"),
         sample=sample,
-        show=SHOWN,
+        show=("reward", "reward_std"),
         next_commands=next_commands(options.out, config, converses, prompt='"..."'),
     )
     learned = Path(options.out) / REWARD_MODEL
@@ -349,8 +348,7 @@ def check(options: Options) -> None:
             f"--accumulate is {options.accumulate} and must divide the {rows} rows of a step (--prompts-per-step times "
             "--group-size)"
         )
-    names_of_loss = ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio", "entropy_coefficient")
-    with named_as_options(*names_of_loss, *FILTERS, loss_type="loss"):
+    with named_as_options(*OF_LOSS, *FILTERS, loss_type="loss"):
         LossOptions(**loss_options(options))
         Sampler(**filters(options))
     if options.reward is not None and not names(options.reward):
@@ -359,12 +357,13 @@ def check(options: Options) -> None:
         raise BadInput("--step-separator is empty and must be what ends a step")
     no_model = not reward_models(options)
     one_update = options.iterations == 1
+    at_one = "with --iterations 1, whose only update begins at the ratio 1"
     moves_once = options.judge is None and (options.beta == 0 or options.reference in ("start", "old"))
     refuse_idle(
         options,
         (
-            ("clip_low", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
-            ("clip_high", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
+            ("clip_low", one_update, at_one),
+            ("clip_high", one_update, at_one),
             ("reference", options.beta == 0, "with --beta 0"),
             ("steps_per_iteration", moves_once, "without a reference that moves (--beta) or --judge"),
             ("reward_pooling", no_model, "without a reward model in --reward"),
@@ -375,11 +374,7 @@ def check(options: Options) -> None:
             ("replay", options.judge is None or options.replay_data is None, "without --judge and --replay-data"),
             ("reward_learning_rate", options.judge is None, "without --judge"),
             ("split_seed", options.validation_data, "beside --validation-data"),
-            ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("validation_prompts", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("validation_fraction", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("split_seed", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
+            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
         ),
     )
     still = options.reference == "old" or (options.steps_per_iteration == 1 and options.reference != "start")
@@ -409,8 +404,7 @@ def loss_options(options: Options) -> dict[str, Any]:
     return {
         "loss_type": options.loss,
         "max_length": options.max_new_tokens if options.loss == "dr_grpo" else None,
-        **{name: getattr(options, name) for name in ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio")},
-        "entropy_coefficient": options.entropy_coefficient,
+        **{name: getattr(options, name) for name in OF_LOSS},
     }
 
 
@@ -478,9 +472,8 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     answers = loop.sample(loop.policy(variables), [prompt], seeds)
     scores = loop.score(answers)
     advantages = loop.advantages(scores)
-    advantages = (
-        advantages if advantages.ndim == 1 else (advantages * answers.answer_mask).sum(1) / answers.answer_lengths
-    )
+    if advantages.ndim == 2:  # of steps of answers
+        advantages = (advantages * answers.answer_mask).sum(1) / answers.answer_lengths
     lines = [one_line(prompt.text, WIDTH)]
     for row in range(min(SAMPLES, len(answers))):
         told = {name: values[row] for name, values in scores.by_name.items()}  # NaN: the function gave None

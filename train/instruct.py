@@ -20,13 +20,7 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, refuse_idle
 from train.answers import end_of_answer, ending_with, questioner
-from train.chat_templates import (
-    chat_template_digest,
-    check_chat_template,
-    in_style,
-    tell_of_no_end,
-    with_text_options,
-)
+from train.chat_templates import chat_template_digest, check_chat_template, in_style, tell_of_no_end, with_text_options
 from train.exports import next_commands
 from train.options import (
     LONGEST_CONTEXT,
@@ -38,11 +32,10 @@ from train.options import (
     optimizer_of,
     own_options,
     run_options,
-    split_of,
     train_step_of,
     with_steps,
 )
-from train.sources import Sources, sources_of
+from train.sources import held_out_apart, sources_of
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -127,20 +120,19 @@ def main(options: Options) -> Any:
     check(options)
 
     # JAX has its device now: modules that import JAX may follow.
-    from llmq_jax.data import SomeBatches, instruction_batches
+    from llmq_jax.data import SomeBatches, instruction_batches, read_conversations
     from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable
-    from llmq_jax.training.parts import whole
     from llmq_jax.training.processes import of_first, same
     from llmq_jax.training.run_folder import differences
     from llmq_jax.training.sharding import row_share
 
     # The conversations, some of them held out, and the model.
     sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
-    training, validation = conversations(options, sources)
+    training, validation = held_out_apart(options, sources, read_conversations, said, "conversation")
     source = load(options.init_from) if options.preview else load_to_train(options)
     source.require_language_model(options.init_from)
     options, source = with_text_options(options, training, source)
@@ -179,21 +171,18 @@ def main(options: Options) -> Any:
 
     ask = questioner(options, source, validation or training)
 
-    def sample(variables, at_step):
-        return ask(whole(variables))
-
     print(
         f"{learner.described}\n{described(options, learned, held_out, len(batches), config)}\n"
         f"{source.model.attention_choice(training=True)}",
         flush=True,
     )
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
-    digests = digests_of(parts, tokens_and_masks)
+    digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, tokenizer)
     same(digests, differences)  # of other data processes would take other prompts, and wait for one another
     # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
     if options.sample_every != 0 and of_first(lambda: not Path(options.out).exists()):
-        print(printable(ask(whole(learner.variables))), flush=True)
+        print(printable(ask(learner.variables)), flush=True)
     kept = in_style(options, training, tokenizer)
     lengths = [len(example.tokens) for example in learned.examples]
     return engine.run(
@@ -208,7 +197,7 @@ def main(options: Options) -> Any:
         tokenizer=TextFiles(kept, source.generation),
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
-        sample=sample,
+        sample=ask,
         flops_per_token=flops_of(options, learner, lengths, learned.learned_tokens / sum(lengths)),
         next_commands=next_commands(options.out, config, training[0].form != "text" and kept.chat_template),
     )
@@ -243,38 +232,9 @@ def train_on(options: Options) -> str | tuple[int, ...]:
         ) from None
 
 
-def conversations(options: Options, sources: Sources) -> tuple[list, list]:
-    """(training, validation) conversations, none of which is in both; prints how many are not learned for that reason.
-    With --evaluate-every 0 all are learned."""
-    from llmq_jax.data import read_conversations, split_documents
-
-    def said(conversation):
-        return json.dumps([conversation.messages, conversation.given, conversation.input, conversation.variables])
-
-    everything = read_conversations(sources.training)
-    if options.evaluate_every == 0:
-        return everything, []
-    if sources.validation:
-        validation = read_conversations(sources.validation)
-        learned_once = len(everything)
-    else:
-        distinct = {}
-        for conversation in everything:
-            distinct.setdefault(said(conversation), conversation)
-        if len(distinct) < 2:
-            raise BadInput(
-                f"{sources.training} holds no two different conversations, and some are held out: give more, or "
-                "--validation-data"
-            )
-        _, validation = split_documents(list(distinct.values()), *split_of(options))
-        learned_once = len(everything) - len(validation)
-    held_out = set(map(said, validation))
-    training = [conversation for conversation in everything if said(conversation) not in held_out]
-    if not training:
-        raise BadInput(f"{sources.training}: every conversation is in {sources.validation} too; give others to learn")
-    if len(training) < learned_once:
-        print(f"not learned, since they are held out too: {counted(learned_once - len(training), 'conversation')}")
-    return training, validation
+def said(conversation: Any) -> str:
+    """Equal for conversations that are equal in all that a template writes."""
+    return json.dumps([conversation.messages, conversation.given, conversation.input, conversation.variables])
 
 
 def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
@@ -296,7 +256,8 @@ def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
     return result
 
 
-def tokens_and_masks(part: Any) -> Any:
+def numbered(part: Any) -> Any:
+    """All that is learned as one array, to take a digest of."""
     import numpy as np
 
     return np.concatenate([np.stack([example.tokens, example.learned], axis=1) for example in part.examples])

@@ -192,12 +192,10 @@ def split_of(options: Any) -> tuple[float, int]:
 def context_of(options: Any, config: Any) -> int:
     """--context, or its default for a model of this config. BadInput where it exceeds the model's context."""
     longest: int = config.max_position_embeddings
-    if options.context is None:
-        return min(longest, LONGEST_CONTEXT)
-    if options.context > longest:
-        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
-    given: int = options.context
-    return given
+    context: int = min(longest, LONGEST_CONTEXT) if options.context is None else options.context
+    if context > longest:
+        raise BadInput(f"--context {context} exceeds the model's, {longest}; choose a shorter one")
+    return context
 
 
 def on_devices(recipe: Callable) -> Callable:
@@ -352,18 +350,17 @@ def filled(options: Any, **values: Any) -> Any:
 
 
 def completed(options: Any) -> Any:
-    """The options with the shared ones' defaults in place of None, as config.json shows them."""
+    """The options with the shared ones' defaults in place of None, as config.json shows them. BadInput for an initial
+    learning rate without warm-up."""
+    warmup_steps = min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
+    refuse_idle(options, [("initial_learning_rate", warmup_steps == 0, "without warm-up")])
     return filled(
         options,
-        warmup_steps=warmup_steps(options),
+        warmup_steps=warmup_steps,
         initial_learning_rate=0.0,
         minimum_learning_rate=options.learning_rate / (1 if options.schedule == "constant" else 10),
         keep_last=3,
     )
-
-
-def warmup_steps(options: RecipeOptions) -> int:
-    return min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
 
 
 def with_steps(options: Any, steps_in_an_epoch: float, epochs: float | None) -> Any:
@@ -372,7 +369,6 @@ def with_steps(options: Any, steps_in_an_epoch: float, epochs: float | None) -> 
     if options.steps is None:
         epochs = epochs if options.epochs is None else options.epochs
         options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
-    refuse_idle(options, [("initial_learning_rate", warmup_steps(options) == 0, "without warm-up")])
     return completed(options)
 
 

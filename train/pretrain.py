@@ -366,17 +366,12 @@ def check(options: Options) -> None:
     check_ranges(
         options, *((name, lambda value: 0 <= value < math.inf, "be at least 0, and finite") for name in MTP_OPTIONS)
     )
-    from_model = "beside --init-from, which brings model and tokenizer"
-    brought = ("preset", "tokenizer", *SIZES)
-    refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
+    from_model = options.init_from, "beside --init-from, which brings model and tokenizer"
     refuse_idle(
         options,
         (
-            (
-                "text_field",
-                not any(map(has_fields, text_files)),
-                "on data without fields",
-            ),
+            *((name, *from_model) for name in ("preset", "tokenizer", *SIZES)),
+            ("text_field", not any(map(has_fields, text_files)), "on data without fields"),
             ("validation_fraction", prepared, "on prepared tokens, whose held-out part was chosen with them"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
         ),

@@ -5,16 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmq_jax.counts import counted
-from llmq_jax.errors import BadInput
-from train.options import split_of
-from train.sources import Sources
+from train.sources import Sources, held_out_apart
 
 
 def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]:
     """(training, validation) prompts, none of which is in both."""
     import numpy as np
 
-    from llmq_jax.data import check_vocabulary, split_documents
+    from llmq_jax.data import check_vocabulary
     from llmq_jax.data.prompts import read_prompts
 
     def read(path):
@@ -31,22 +29,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
             check_vocabulary(np.asarray(prompt.tokens), source.config.vocab_size, prompt.where)
         return found
 
-    everything = read(sources.training)
-    if options.evaluate_every == 0:
-        return everything, []
-    if sources.validation:
-        validation = read(sources.validation)
-    else:
-        distinct = list({prompt.text: prompt for prompt in everything}.values())
-        if len(distinct) < 2:
-            raise BadInput(
-                f"{sources.training} holds one prompt, and some are held out: give more, or --validation-data"
-            )
-        _, validation = split_documents(distinct, *split_of(options))
-    held_out = {prompt.text for prompt in validation}
-    training = [prompt for prompt in everything if prompt.text not in held_out]
-    if not training:
-        raise BadInput(f"{sources.training}: every prompt is in {sources.validation} too; give others to learn from")
+    training, validation = held_out_apart(options, sources, read, lambda prompt: prompt.text, "prompt")
     return training, validation[: options.validation_prompts]
 
 

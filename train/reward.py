@@ -81,7 +81,6 @@ def main(options: Options) -> Any:
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
-    from llmq_jax.training.parts import whole
     from llmq_jax.training.sharding import own_rows, row_share
 
     # The pairs, some of them held out, and the model with a head that gives one number.
@@ -108,21 +107,16 @@ def main(options: Options) -> Any:
     objective = RewardModel(learner.model, options.pooling, options.center)
     train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
-    shown = sampler(options, source.model, held_out.pairs, validation)
 
     def evaluate(variables):
         return step.evaluate(eval_step, variables, map(own_rows, some))
-
-    def sample(variables, at_step):
-        return shown(whole(variables))
 
     print(
         f"{head}\n{learner.described}\n{described(options, learned, held_out, batches.per_epoch)}\n"
         f"{source.model.attention_choice(training=True)}",
         flush=True,
     )
-    parts = {"training": learned, "validation": held_out}
-    digests = digests_of(parts, numbered)
+    digests = digests_of({"training": learned, "validation": held_out}, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
     result = engine.run(
         learner.state(optimizer, options.seed),
@@ -136,7 +130,7 @@ def main(options: Options) -> Any:
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,
         evaluate=evaluate,
-        sample=sample,
+        sample=rewards_of_a_few(options, source.model, held_out.pairs, validation),
         flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in answers(learned)]),
         show=("accuracy", "margin"),
         # transformers and `llmq classify` read the last token's reward.
@@ -189,8 +183,9 @@ def examples(options: Options, part: list, source: Any) -> Any:
     return dataclasses.replace(found, pairs=[without_padding(pair, pad) for pair in found.pairs])
 
 
-def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
-    """`shown(variables)` -> a few pairs that are held out, each answer with its reward."""
+def rewards_of_a_few(options: Options, model: Any, pairs: list, validation: list) -> Any:
+    """`sample(variables, step)` -> a few pairs that are held out, each answer with its reward by the variables of a
+    training state."""
     import jax
 
     from llmq_jax.data import PreferenceEvaluation
@@ -199,6 +194,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     from llmq_jax.objectives.preference import rows_of_pairs
     from llmq_jax.objectives.reward import model_rewards
     from llmq_jax.training.metrics import one_line
+    from llmq_jax.training.parts import whole
 
     by_place = {pair.where: pair for pair in validation}
     pairs = pairs[:SAMPLES]
@@ -211,16 +207,16 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
         found, _ = model_rewards(model, variables, tokens, lengths, response_mask, options.pooling)
         return replicated(found.reshape(-1, 2))
 
-    def shown(variables):
+    def sample(variables, at_step):
         lines = []
-        for index, found in zip(order, jax.device_get(rewards(variables, **rows)), strict=True):
+        for index, found in zip(order, jax.device_get(rewards(whole(variables), **rows)), strict=True):
             pair = by_place[pairs[index].where]
             lines.append(one_line(text_of(pair.chosen.chat()[pair.chosen.given - 1]), WIDTH))
             for reward, side, name in zip(found, (pair.chosen, pair.rejected), ("chosen", "rejected"), strict=True):
                 lines.append(f"  {reward:+8.3f} {name:8} {one_line(text_of(side.messages[-1]), WIDTH)}")
         return "\n".join(lines)
 
-    return shown
+    return sample
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from train.options import row_parts
 
 REWARD_RATE = 1e-5
 
@@ -85,7 +86,7 @@ def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
     return TextRewards(Rewards(tuple(called), functions, tuple(weights)))
 
 
-def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
+def scorer_of(options: Any, source: Any, functions: Any, longest: int) -> Any:
     """The scorer of rollouts, whose rows have up to `longest` tokens: reward functions, a reward model, or both."""
     from llmq_jax.data import chat_ending
     from llmq_jax.model_files import load
@@ -159,8 +160,6 @@ def file_digest(path: str | Path) -> str:
 def replayed(options: Any) -> int:
     """How many old pairs are learned beside the new ones of a step: the share --replay of all, rounded up so that a
     mesh's devices divide them evenly."""
-    from train.options import row_parts
-
     share = 0.1 if options.replay is None else options.replay
     count = max(1, round(options.prompts_per_step * share / (1 - share)))
     return count + -(options.prompts_per_step + count) % row_parts(options)

@@ -1,12 +1,14 @@
 """Where a run's data are: at the paths of its options and, in a folder with several splits, in the files of each
-split."""
+split; and which records are held out where there is no file of them."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import refuse_idle
+from train.options import split_of
 
 USES = {"train": "to learn", "validation": "held out", "test": "to test on"}
 """{split: what its files are for}"""
@@ -52,6 +54,39 @@ def sources_of(options: Any, files_of: Callable[[str], list[Path]], hold_out: bo
         idle = not getattr(options, "balance", False)
         refuse_idle(options, [("split_seed", idle, f"where {options.data} has the files that are held out")])
     return Sources(own["train"], **found)
+
+
+def held_out_apart(
+    options: Any, sources: Sources, read: Callable[[Any], list], identity: Callable[[Any], str], noun: str
+) -> tuple[list, list]:
+    """(training, validation) records, none of which is in both; prints how many are not learned for that reason. With
+    --evaluate-every 0 all are learned.
+
+    read: gives the records of a source. identity: equal for equal records. noun: what messages call one.
+    """
+    from llmq_jax.data import split_documents
+
+    everything = read(sources.training)
+    if options.evaluate_every == 0:
+        return everything, []
+    if sources.validation:
+        validation, learned_once = read(sources.validation), len(everything)
+    else:
+        distinct = list({identity(record): record for record in everything}.values())
+        if len(distinct) < 2:
+            raise BadInput(
+                f"{sources.training} holds no two different {noun}s, and some are held out: give more, or "
+                "--validation-data"
+            )
+        _, validation = split_documents(distinct, *split_of(options))
+        learned_once = len(everything) - len(validation)
+    held_out = set(map(identity, validation))
+    training = [record for record in everything if identity(record) not in held_out]
+    if not training:
+        raise BadInput(f"{sources.training}: every {noun} is in {sources.validation} too; give others to learn")
+    if len(training) < learned_once:
+        print(f"not learned, since they are held out too: {counted(learned_once - len(training), noun)}")
+    return training, validation
 
 
 def one_split(path: str | None, split: str, files_of: Callable[[str], list[Path]]) -> Any:

@@ -195,25 +195,17 @@ def flops_of(
 
 
 def _spec(options: TuningOptions) -> Any:
+    """The adapters' options, as far as they are given, as fields of `LoRA`."""
     from llmq_jax.layers.lora import LoRA
 
-    rank = LoRA.rank if options.lora_rank is None else options.lora_rank
-    targets = (
-        LoRA.targets
-        if options.lora_targets is None
-        else tuple(name.strip() for name in options.lora_targets.split(","))
-    )
-    return LoRA(
-        rank=rank,
-        alpha=options.lora_alpha,
-        targets=targets,
-        layers=None if options.lora_layers is None else _layers(options.lora_layers),
-        variant=options.lora_variant or LoRA.variant,
-        use_rslora=options.lora_rslora,
-        dropout=LoRA.dropout if options.lora_dropout is None else options.lora_dropout,
-        numbers=options.lora_numbers,
-        tied=options.lora_tied,
-    )
+    given = {name: getattr(options, f"lora_{name}") for name in LORA_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    given["use_rslora"] = given.pop("rslora")
+    if "targets" in given:
+        given["targets"] = tuple(name.strip() for name in given["targets"].split(","))
+    if "layers" in given:
+        given["layers"] = _layers(given["layers"])
+    return LoRA(**given)
 
 
 def _layers(text: str) -> tuple[int, ...]:

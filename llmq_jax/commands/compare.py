@@ -46,7 +46,6 @@ def main(options: Options) -> None:
         raise BadInput("--x has no effect without --out; leave it out, or give a PNG to draw into")
 
     runs = read_runs(dict(zip(run_names(folders), map(Path, folders), strict=True)), options)
-    kept = {name: run.folder for name, run in runs.items()}
     titles = ["training", "judged by", "validation", "best", "at step"]
     if options.metric is not None:
         titles = ["last", "lowest", "at step", "highest", "at step"]
@@ -58,7 +57,7 @@ def main(options: Options) -> None:
     if options.metric is not None:
         print(options.metric)
     print_table(table)
-    if differing := what_differs(list(kept.values())):
+    if differing := what_differs([run.folder for run in runs.values()]):
         apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
         for name in runs:
             apart.add_column(Text(name), justify="right")
@@ -75,8 +74,8 @@ def main(options: Options) -> None:
             names = ", ".join(left_out)
             print(f"left out of the plot, as {why}: {names}; give a --metric to draw all", file=sys.stderr)
         metric = options.metric or common_metric(list(together.values()))
-        kept = {name: run.folder for name, run in together.items()}
-        print(f"drawn: {plot_comparison(kept, options.out, metric, options.x or 'step')}")
+        drawn = {name: run.folder for name, run in together.items()}
+        print(f"drawn: {plot_comparison(drawn, options.out, metric, options.x or 'step')}")
 
 
 class Run(NamedTuple):
@@ -143,11 +142,12 @@ def drawn_together(runs: dict[str, Run]) -> dict[str, Run]:
 
 def common_metric(runs: list[Run]) -> str | None:
     """What to draw: what all runs are judged by, of validation or else of training; None: their losses."""
+    from llmq_jax.training.metrics import VALIDATION
     from llmq_jax.training.plots import curve
 
     judges = {run.judge for run in runs}
     (judge,) = judges if len(judges) == 1 else (None,)
-    names = () if judge is None or judge[0] == "loss" else (f"validation_{judge[0]}", judge[0])
+    names = () if judge is None or judge[0] == "loss" else (VALIDATION + judge[0], judge[0])
     return next((name for name in names if all(curve(run.records, name) for run in runs)), None)
 
 
@@ -155,6 +155,7 @@ def cells(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: 
     """`Run.cells`: of the given metric or, where that is None, of what the run is judged by."""
     import statistics
 
+    from llmq_jax.training.metrics import VALIDATION
     from llmq_jax.training.plots import curve, shown_value, training_curve
 
     def last(points: list[tuple[int, float]]) -> str:
@@ -169,7 +170,7 @@ def cells(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: 
 
     if metric is None:
         mean, best = judge or ("", "lowest")
-        found = curve(records, f"validation_{mean}")
+        found = curve(records, VALIDATION + mean)
         made = [point for point in found if point[0] > 0]  # the best step is one that the run has made
         trained = curve(records, "reward") if mean == "reward" else training_curve(records)  # GRPO's loss is about 0
         row = [last(trained), mean, last(found), *extreme(made, min if best == "lowest" else max)]

@@ -87,17 +87,15 @@ class DeviceOptions:
         from llmq_jax.layers.axes import row_devices
         from llmq_jax.training.sharding import mesh_sizes
 
-        devices = 1 if self.mesh is None else row_devices(mesh_sizes(self.mesh))
+        devices = row_devices(mesh_sizes(self.mesh or "data=1"))
         return -(-count // devices) * devices
 
     def check_one_row(self, what: str) -> None:
         """BadInput where --mesh has an axis that divides only rows, in a command that computes one row at a time.
         `what` names such a row."""
-        if self.mesh is None:
-            return
         from llmq_jax.training.sharding import mesh_sizes
 
-        if (size := mesh_sizes(self.mesh)["data"]) > 1:
+        if (size := mesh_sizes(self.mesh or "data=1")["data"]) > 1:
             raise BadInput(
                 f"mesh axis data={size} has no effect on {what} at a time: its devices would all do the same; divide "
                 "the model in its place, as tensor or fsdp do"

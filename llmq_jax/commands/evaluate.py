@@ -85,8 +85,8 @@ def evaluate_text(options: Options) -> None:
 
     assert options.file is not None
     refuse_idle(options, ((name, True, "on a text, only on --tasks") for name in OF_TASKS))
-    if options.text_field is not None and not has_fields(options.file):
-        raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
+    no_fields = not has_fields(options.file), f"on {options.file}, which has no fields"
+    refuse_idle(options, [("text_field", *no_fields)])
     if options.file == "-":
         refuse_idle(options, [("split", True, "on standard input, which is one text")])
         documents = [text_of_input("the name of a {} file")]
@@ -126,7 +126,6 @@ def figures(options: Options, documents: list[str]) -> dict[str, Any]:
     from llmq_jax.objectives import NextToken
     from llmq_jax.training.step import evaluate, make_eval_step
 
-    assert options.file is not None
     lm = options.load_model(options.model, options.dtype)
     lm.require_language_model(options.model)
     tokenizer = lm.require_tokenizer(options.model)
@@ -135,7 +134,7 @@ def figures(options: Options, documents: list[str]) -> dict[str, Any]:
     if context > limit:
         raise BadInput(f"--context {context} exceeds the model's context; choose at most {limit}")
     tokens = encode_documents(tokenizer, documents, append_end_of_text=len(documents) > 1)
-    check_vocabulary(tokens, lm.config.vocab_size, options.file)
+    check_vocabulary(tokens, lm.config.vocab_size, str(options.file))
     # A tokenizer may have a token that only begins texts. No model predicts it after an end of text: documents are then
     # kept apart.
     begun = len(documents) > 1 and bool(tokenizer.beginning) and tokenizer.beginning != (tokenizer.end_of_text,)
@@ -161,7 +160,6 @@ def figures(options: Options, documents: list[str]) -> dict[str, Any]:
 
 
 def evaluate_tasks(options: Options) -> None:
-    assert options.tasks is not None
     check_tasks(options)
     with options.on_devices(options.batch_size):
         results = results_of_tasks(options)
@@ -195,12 +193,7 @@ def results_of_tasks(options: Options) -> dict[str, Any]:
     if options.chat:
         model.lm.require_chat_template(options.model)
     return run_tasks(
-        model,
-        tasks,
-        manager,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=options.chat,
+        model, tasks, manager, num_fewshot=options.num_fewshot, limit=options.limit, apply_chat_template=options.chat
     )
 
 

@@ -24,7 +24,7 @@ from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import STANDARD_INPUT, first_record, whole_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, at_place
 from llmq_jax.options import Flag, default_is, refuse_idle
 
 NEW_TOKENS = 128
@@ -184,7 +184,7 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
     drawing["max_new_tokens"] = _new_tokens(options, context, max(lengths))
     _stream(options, lm, [0], 1, drawing)  # computes nothing, and checks: here the options, then each prompt
     for number, prompt in zip(numbers, prompts, strict=True):
-        with _at_line(options, number):
+        with at_place(f"{options.source}: line {number}"):
             _stream(options, lm, prompt, len(prompt), drawing)
     if (count := drawing["max_new_tokens"]) < _new_tokens(options, context, min(lengths)):
         longest = max(lengths)
@@ -221,12 +221,12 @@ def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[s
         where = f"{options.source}: line {number}"
         if not _by_template(options, record):
             refuse_lost(record, ("tools", "chat_template_kwargs", "system"), where, "without --chat")
-            with _at_line(options, number):
+            with at_place(where):
                 prompts.append(lm.tokenizer.encode_prompt(record["prompt"]))
             continue
         variables = template_variables(Record(where, record))
         refuse_lost(record, LOST["prompt" if "prompt" in record else "messages"], where)
-        with _at_line(options, number):
+        with at_place(where):
             messages = record["messages"] if "messages" in record else _said(record["prompt"])
             prompts.append(lm.chat_tokens(messages, **variables))
     return prompts
@@ -317,12 +317,3 @@ def _fault(record: Any) -> str | None:
     if taken := [name for name in ADDED if name in record]:
         return f'has a field "{taken[0]}" already, which the result would replace; rename it'
     return None
-
-
-@contextlib.contextmanager
-def _at_line(options: Options, number: int) -> Iterator[None]:
-    """BadInput that is raised within it names this line of the file."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"{options.source}: line {number}: {error}") from None

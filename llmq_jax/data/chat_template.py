@@ -17,7 +17,7 @@ from jinja2 import TemplateSyntaxError, meta, nodes
 from llmq_jax.data.messages import REASONING, check_role, reasoning_of, text_of, text_parts
 from llmq_jax.data.records import read_text
 from llmq_jax.data.template_sandbox import Sandbox
-from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.errors import BadInput, at_place, did_you_mean
 from llmq_jax.json_text import parse_json
 
 NOT_READ = "the chat template has no place{} for {!r}: use another template, or remove it"
@@ -157,10 +157,8 @@ def read_chat_template(path: str | Path) -> str:
     source = read_text(path)
     if not source.strip():
         raise BadInput(f"{path}: the chat template is empty")
-    try:
+    with at_place(path):
         ChatTemplate(source)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
     return source
 
 

@@ -119,14 +119,8 @@ def require_one_form(conversations: Sequence[Conversation]) -> None:
 
 def as_conversation(record: Record) -> Conversation:
     """A record in any of the forms. BadInput as for `read_conversations`."""
-    nulls = [name for name, value in record.fields.items() if value is None]
-    record = without_nulls(record)
+    record, form = with_form(record, FORMS, "conversation")
     where, fields = record
-    form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
-    if form is None:
-        names = (", ".join(fields) or "none") + (f"; null: {', '.join(nulls)}" if nulls else "")
-        forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
-        raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
     refuse_lost(fields, LOST.get(form, ()), where)
     if form == "text":
         return Conversation(where, form, ({"role": "assistant", "content": _not_empty(record.text("text"), where)},))
@@ -147,9 +141,17 @@ def _asked(record: Record, form: str) -> Conversation:
     return Conversation(where, form, _asked_and_answered(record, "instruction", "output"), given=1, input=given)
 
 
-def without_nulls(record: Record) -> Record:
-    """The record without its null fields: in a table of several forms, rows have null in the fields of other forms."""
-    return Record(record.where, {name: value for name, value in record.fields.items() if value is not None})
+def with_form(record: Record, forms: Mapping[str, Sequence[str]], what: str) -> tuple[Record, str]:
+    """(the record without its null fields, the first of the forms whose fields it has): in a table of several forms,
+    rows have null in the fields of other forms. BadInput, which says that it is no `what`, where it has none."""
+    fields = {name: value for name, value in record.fields.items() if value is not None}
+    form = next((form for form, needed in forms.items() if all(name in fields for name in needed)), None)
+    if form is None:
+        nulls = [name for name in record.fields if name not in fields]
+        names = (", ".join(fields) or "none") + (f"; null: {', '.join(nulls)}" if nulls else "")
+        wanted = "; or ".join(", ".join(needed) for needed in forms.values())
+        raise BadInput(f"{record.where} is no {what} (fields found: {names}): it needs the fields {wanted}")
+    return Record(record.where, fields), form
 
 
 def answer(record: Record, name: str) -> Message:

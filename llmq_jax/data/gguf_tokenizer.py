@@ -93,7 +93,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
     except BadInput:
         raise
     except Exception as error:  # tokenizers raises plain Exception
-        raise BadInput(f"the tokenizer cannot be built ({' '.join(str(error).split())})") from error
+        raise BadInput(f"the tokenizer cannot be built ({error})") from error
     config = {
         # This class takes tokenizer.json as it is; the classes of architectures replace parts of it.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -148,11 +148,8 @@ class _Vocabulary:
 
     def merges(self) -> list[tuple[str, str]]:
         """The merges that the file lists."""
-        merges = []
-        for line in self._list("merges", str):
-            left, _, right = line.partition(" ")
-            merges.append((left, right))
-        return merges
+        parts = (line.partition(" ") for line in self._list("merges", str))
+        return [(left, right) for left, _, right in parts]
 
     def merges_by_score(self) -> list[tuple[str, str]]:
         """All pairs of tokens that join to a third token, ordered by its score, the highest first."""

@@ -97,7 +97,7 @@ def message_list(record: Record, name: str) -> tuple[Message, ...]:
     where = f"{record.where}: field {name!r}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         keys = '"from": ..., "value"' if name == "conversations" else '"role": ..., "content"'
-        raise BadInput(f"{where} must be a list of {{{keys}: ...}}, not {_shown(value)}")
+        raise BadInput(f"{where} must be a list of {{{keys}: ...}}, not {value!r:.40}")
     given = name == "prompt"
     return tuple(_message(message, f"{record.where}: {name}[{index}]", given) for index, message in enumerate(value))
 
@@ -113,7 +113,7 @@ def not_learned(record: Record, name: str, first: int = 0) -> frozenset[int]:
         for mark, value in marks.items():
             if value not in (0, 1):
                 raise BadInput(
-                    f"{record.where}: {name}[{index}]: {mark} is {_shown(value)}: only 0 (not learned) and 1 (learned) "
+                    f"{record.where}: {name}[{index}]: {mark} is {value!r:.40}: only 0 (not learned) and 1 (learned) "
                     "are read: write one of them, or remove it"
                 )
         if 0 in marks.values():
@@ -127,7 +127,7 @@ def template_variables(record: Record) -> dict[str, Any]:
     where, fields = record
     variables = fields.get("chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
-        raise BadInput(f"{where}: field 'chat_template_kwargs' must be an object, not {_shown(variables)}")
+        raise BadInput(f"{where}: field 'chat_template_kwargs' must be an object, not {variables!r:.40}")
     variables = {name: value for name, value in variables.items() if value is not None}
     if own := sorted(variables.keys() & {"messages", "tools", "add_generation_prompt", "strftime_now"}):
         raise BadInput(f"{where}: field 'chat_template_kwargs' holds {own[0]!r}, which the template is given already")
@@ -141,7 +141,7 @@ def template_variables(record: Record) -> dict[str, Any]:
             ) from None
     if tools is not None and tools != "":  # an empty list is given too: a template may tell it from none
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise BadInput(f"{where}: field 'tools' must be a list of objects, not {_shown(tools)}")
+            raise BadInput(f"{where}: field 'tools' must be a list of objects, not {tools!r:.40}")
         variables["tools"] = tools
     _check_json(variables, f"{where}: what it has for the chat template")
     return variables
@@ -171,7 +171,7 @@ def check_role(role: Any, where: str) -> None:
 
 def _message(message: Any, where: str, given: bool) -> Message:
     if not isinstance(message, Mapping):
-        raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
+        raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {message!r:.40}')
     is_shared = "role" not in message and ("from" in message or "value" in message)
     who, what = ("from", "value") if is_shared else ("role", "content")
     if who not in message:
@@ -214,7 +214,7 @@ def empty_response(where: str) -> str:
 
 def _check_calls(calls: Any, role: str, where: str) -> None:
     if not isinstance(calls, list):
-        raise BadInput(f"{where} must be a list of objects, not {_shown(calls)}")
+        raise BadInput(f"{where} must be a list of objects, not {calls!r:.40}")
     if calls and role != "assistant":
         raise BadInput(f"{where}: only the assistant calls tools, and the role is {role!r}")
     for index, call in enumerate(calls):
@@ -222,7 +222,7 @@ def _check_calls(calls: Any, role: str, where: str) -> None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadInput(
                 f'{where}[{index}] must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, not '
-                f"{_shown(call)}"
+                f"{call!r:.40}"
             )
     _check_json(calls, where)
 
@@ -232,7 +232,7 @@ def _calls_in_json(value: Any, where: str) -> list[dict[str, Any]]:
     try:
         calls = parse_json(checked_text(value, where))
     except ValueError:
-        raise BadInput(f"{where} must be a call of a tool in JSON, not {_shown(value)}") from None
+        raise BadInput(f"{where} must be a call of a tool in JSON, not {value!r:.40}") from None
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
@@ -243,8 +243,3 @@ def _check_json(value: Any, where: str) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{where} is no JSON: {error}") from None
     checked_text(text, where)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

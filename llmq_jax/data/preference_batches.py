@@ -94,11 +94,7 @@ class PreferenceEvaluation:
 
 
 def preference_batch(
-    pairs: Sequence[PreferenceExample],
-    indices: Sequence[int],
-    batch_size: int,
-    longest: int,
-    columns: Columns,
+    pairs: Sequence[PreferenceExample], indices: Sequence[int], batch_size: int, longest: int, columns: Columns
 ) -> Batch:
     """The pairs at these indices; missing ones are filled up with empty pairs of mask 0.
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmq_jax.counts import counted
-from llmq_jax.data.conversations import LOST, Conversation, answer, require_one_form, without_nulls
+from llmq_jax.data.conversations import LOST, Conversation, answer, require_one_form, with_form
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
 from llmq_jax.data.messages import Message, message_list, not_learned, refuse_lost, template_variables, text_of
@@ -128,13 +128,9 @@ def read_preferences(path: DataPath) -> Preferences:
 
 def as_preference(record: Record) -> Preference:
     """A record in any of the forms; its answers may be equal. BadInput as for `read_preferences`."""
-    record = _transcripts_as_messages(without_nulls(record))
+    record, form = with_form(record, FORMS, "preference pair")
+    record = _transcripts_as_messages(record)
     where, fields = record
-    form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
-    if form is None:
-        names = ", ".join(map(str, fields)) or "none"
-        forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
-        raise BadInput(f"{where} is no preference pair (fields found: {names}): it needs the fields {forms}")
     if form == "alpaca" and "prompt" in fields:
         raise BadInput(f"{where} has both an instruction and a prompt: remove one of the two fields")
     of_lists = () if form == "alpaca" else LOST["messages"]

@@ -25,7 +25,7 @@ from llmq_jax.data.conversations import Conversation
 from llmq_jax.data.messages import Message, called, reasoning_of, text_of
 from llmq_jax.data.offsets import Span
 from llmq_jax.data.tokenizers import Tokenizer
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, at_place
 
 Template = Literal["alpaca", "chat", "plain"]
 TrainOn = str | tuple[int, ...]
@@ -237,20 +237,16 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
 
 
 def _written(conversation: Conversation, template: ChatTemplate, messages: list[Message], opens_answer: bool) -> str:
-    try:
+    with at_place(conversation.where):
         return template.render(
             messages, add_generation_prompt=opens_answer, strftime_now=DAY.strftime, **conversation.variables
         )
-    except BadInput as error:
-        raise BadInput(f"{conversation.where}: {error}") from None
 
 
 def _refuse_left_out(conversation: Conversation, template: ChatTemplate, text: str) -> None:
     """BadInput for what a conversation holds and the template leaves out of its text; `_chat` checks the answers."""
-    try:
+    with at_place(conversation.where):
         refuse_left_out(conversation.messages, conversation.variables, template, text)
-    except BadInput as error:
-        raise BadInput(f"{conversation.where}: {error}") from None
 
 
 def refuse_left_out(

@@ -4,6 +4,7 @@ The readers are strict: whatever is not as it should be raises BadInput with the
 reader that skips bad rows trains on something else than the user believes.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -180,26 +181,17 @@ def _type_name(value: object) -> str:
 # Bytes and lines
 
 
-class FileBytes:
+@contextlib.contextmanager
+def file_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
     """A file's bytes, unzipped if its name ends in .gz; trouble in reading becomes BadInput."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self) -> io.BufferedIOBase:
-        try:
-            opener = gzip.open if self._path.suffix.lower() == ".gz" else open
-            self._stream = opener(self._path, "rb")
-        except OSError as error:
-            raise BadInput(f"{self._path} cannot be read ({error.strerror})") from None
-        return self._stream
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._stream.close()
-        if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
-            raise BadInput(f"{self._path} is damaged or cut short ({error}): fetch or compress it again") from None
-        if isinstance(error, OSError):
-            raise BadInput(f"{self._path} cannot be read ({error})") from None
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rb") as stream:
+            yield stream
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadInput(f"{path} is damaged or cut short ({error}): fetch or compress it again") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def decoded(content: bytes, source: str | Path, offset: int = 0) -> str:
@@ -223,13 +215,13 @@ def decoded_lines(stream: Iterable[bytes], source: str | Path) -> Iterator[tuple
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with FileBytes(path) as stream:
+    with file_bytes(path) as stream:
         yield from decoded_lines(stream, path)
 
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 file, whatever its name ends in (but for .gz, which is unzipped)."""
-    with FileBytes(Path(path)) as stream:
+    with file_bytes(Path(path)) as stream:
         return decoded(stream.read(), path)
 
 
@@ -355,12 +347,10 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
             schema = file.schema_arrow
             if twice := [name for name in schema.names if schema.names.count(name) > 1]:
                 raise BadInput(f"{path}: two columns are called {twice[0]!r}; rename one")
-            for name, option in needed.items():
+            for name, option in {**needed, **dict.fromkeys(texts or (), "--text-field")}.items():
                 if name not in schema.names:
                     raise BadInput(no_field(str(path), name, schema.names, option))
             for name in texts or ():
-                if name not in schema.names:
-                    raise BadInput(no_field(str(path), name, schema.names, "--text-field"))
                 kind = schema.field(name).type
                 value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
                 if value_kind not in (pa.string(), pa.large_string(), pa.string_view()):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.data.records import (
-    FileBytes,
     checked_text,
+    file_bytes,
     format_of,
     holds_records,
     is_blank,
@@ -110,7 +110,7 @@ def is_jsonl(path: str | Path) -> bool:
 
 
 def _start_of(path: Path) -> bytes:
-    with FileBytes(path) as stream:
+    with file_bytes(path) as stream:
         return stream.read(_SNIFFED_BYTES)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers as hf_tokenizers
 
 from llmq_jax.data.chat_template import ChatTemplate
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, at_place
 from llmq_jax.json_text import parse_json
 
 COMPANION_FILES = (
@@ -112,10 +112,8 @@ class TokenizerFiles:
             source, tool_use = named.get("default"), named.get("tool_use")
         if not isinstance(source, str):
             return None
-        try:
+        with at_place(self.source):
             return ChatTemplate(source, self.named_tokens(), tool_use if isinstance(tool_use, str) else None)
-        except BadInput as error:
-            raise BadInput(f"{self.source}: {error}") from error
 
     def with_chat_template(self, source: str, tool_use: str | None = None) -> "TokenizerFiles":
         """The files with this chat template, and `tool_use` for when tools are given, in place of any others."""

@@ -6,13 +6,7 @@ from pathlib import Path
 
 from llmq_jax.data.gpt2_vocabulary import PUBLISHED_SHA256, vocabulary_files
 from llmq_jax.data.tokenizer_files import WRITE_JSON, TokenizerFiles, json_file, unread_file
-from llmq_jax.data.tokenizers import (
-    GPT2_NAMED_TOKENS,
-    ByteTokenizer,
-    FileTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-)
+from llmq_jax.data.tokenizers import GPT2_NAMED_TOKENS, ByteTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer
 from llmq_jax.errors import BadInput, warn
 
 

@@ -450,8 +450,7 @@ def _rust_errors_as_bad_input(what: str) -> Iterator[None]:
         panic = type(error).__module__ == "pyo3_runtime"
         if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
             raise
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{what} ({reason:.300})") from None
+        raise BadInput(f"{what} ({error!s:.300})") from None
 
 
 def _plain_ints(ids: Iterable[SupportsIndex]) -> list[int]:
@@ -480,7 +479,4 @@ def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.To
 
 
 def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, bytes]:
-    return {
-        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        "tokenizer_config.json": json_file(config),
-    }
+    return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": json_file(config)}

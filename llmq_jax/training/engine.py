@@ -31,7 +31,7 @@ from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.failures import disk_full, newest_text, out_of_memory, require_finite, require_finite_update
 from llmq_jax.training.flops import token_utilisation
 from llmq_jax.training.host_memory import keep_freed_memory
-from llmq_jax.training.metrics import OWN_LOSSES, shown_loss
+from llmq_jax.training.metrics import OWN_LOSSES, VALIDATION, shown_loss
 from llmq_jax.training.out_of_memory import ERRORS
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import is_rewarded, plot_losses, plot_rewards, read_records
@@ -48,7 +48,7 @@ from llmq_jax.training.signals import StoppedBySignal, StopSignals
 from llmq_jax.training.state import refuse_consumed_state
 from llmq_jax.training.time_spent import TimeSpent, is_under_way
 from llmq_jax.training.trackers import require_wandb
-from llmq_jax.training.validation import LOSS, PREFIX, Validation
+from llmq_jax.training.validation import LOSS, Validation
 
 
 def run(
@@ -411,7 +411,7 @@ class _Loop:
             assert self.evaluate is not None
             found = self.evaluate(self.state.variables) if found is None else found
             # All processes use the figures of one, because they must save, and stop, at the same steps.
-            means = processes.share({PREFIX + name: float(value) for name, value in found.items()})
+            means = processes.share({VALIDATION + name: float(value) for name, value in found.items()})
         judged = self.validation.name
         if judged in means:
             require_finite(judged, means[judged], self.step, self.newest, look_at="the validation data")

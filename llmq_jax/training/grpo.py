@@ -44,7 +44,7 @@ from llmq_jax.objectives.means import EXTREMES, combined
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
-from llmq_jax.training.rollouts import Rollout, roll_out
+from llmq_jax.training.rollouts import OF_ROWS, Rollout, roll_out
 from llmq_jax.training.sharding import own_rows
 from llmq_jax.training.state import TrainState
 
@@ -382,13 +382,12 @@ def _joined(parts: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
     def together(arrays: Sequence[Any]) -> Any:
         return None if arrays[0] is None else np.concatenate(arrays)
 
-    names = ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
     rollout = Rollout(
         [prompt for rollout in rollouts for prompt in rollout.prompts],
         rollouts[0].group_size,
         np.concatenate([np.pad(x.tokens, ((0, 0), (0, width - x.tokens.shape[1]))) for x in rollouts]),
         completions=[text for rollout in rollouts for text in rollout.completions],
-        **{name: together([getattr(rollout, name) for rollout in rollouts]) for name in names},
+        **{name: together([getattr(rollout, name) for rollout in rollouts]) for name in OF_ROWS},
     )
     by_name = {name: together([each.by_name[name] for each in scores]) for name in scores[0].by_name}
     rewards, steps, ends = (together([getattr(x, name) for x in scores]) for name in ("rewards", "steps", "step_ends"))

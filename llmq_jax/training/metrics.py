@@ -21,6 +21,8 @@ from llmq_jax.json_text import parse_json
 from llmq_jax.training.time_spent import SECONDS
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+VALIDATION = "validation_"
+"""Prefix of an evaluation's means in records."""
 OWN_LOSSES = ("next_token_loss", "classification_loss", "reward_loss", "preference_loss", "policy_loss")
 """Names of the plain loss, without what an objective adds to it in training: balance losses of experts, further
 tokens."""

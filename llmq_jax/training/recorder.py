@@ -11,6 +11,7 @@ from llmq_jax.atomic_files import full_disk
 from llmq_jax.training.metrics import (
     METRICS,
     SAMPLES,
+    VALIDATION,
     MetricsFile,
     Record,
     SamplesFile,
@@ -26,7 +27,6 @@ from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.time_spent import TimeSpent
 from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
-from llmq_jax.training.validation import PREFIX
 
 
 class Step(NamedTuple):
@@ -100,7 +100,7 @@ class Recorder:
     def evaluation(self, record: Record, judged_by: str) -> str:
         """Write an evaluation; returns it as a text for people, which begins with what the run is judged by."""
         self._write(record)
-        means = {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
+        means = {name.removeprefix(VALIDATION): value for name, value in record.items() if name.startswith(VALIDATION)}
         shown = dict.fromkeys((judged_by, "loss", *(self._show or means)))
         figures = ", ".join(f"{name.replace('_', ' ')} {means[name]:z.4f}" for name in shown if name in means)
         return f"validation {figures}"

@@ -16,7 +16,7 @@ from llmq_jax.atomic_files import write_atomically
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, no_such_path
 from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
-from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
+from llmq_jax.training.metrics import METRICS, SAMPLES, VALIDATION, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
 from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, run_below, text_of
@@ -200,7 +200,7 @@ def _times(times: Mapping[str, float] | None) -> Iterator[str]:
 
 def _checkpoints(checkpoints: Checkpoints, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     judge, _ = checkpoints.judged_by() or ("loss", "lowest")
-    name = f"validation_{judge}"
+    name = VALIDATION + judge
     values = {record["step"]: record[name] for record in records if name in record}
     rows = [
         (f"{step:,}", _number(values.get(step)) or "", f"{_bytes_in(checkpoints.path(step)) / 2**20:,.1f} MiB")

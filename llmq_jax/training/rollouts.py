@@ -14,6 +14,9 @@ from llmq_jax.data.length_buckets import bucket_width
 from llmq_jax.data.prompts import Prompt
 from llmq_jax.generation import Sampler, generate
 
+OF_ROWS = ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
+"""The arrays of a `Rollout` beside its tokens, of one width in all rollouts of a run."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
@@ -64,10 +67,7 @@ class Rollout:
     def groups(self, chosen: Sequence[int]) -> "Rollout":
         """These groups alone."""
         rows = self.rows_of(chosen)
-        arrays = {
-            name: getattr(self, name)[rows]
-            for name in ("tokens", "lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
-        }
+        arrays = {name: getattr(self, name)[rows] for name in ("tokens", *OF_ROWS)}
         completions = [self.completions[row] for row in rows]
         return Rollout([self.prompts[g] for g in chosen], self.group_size, completions=completions, **arrays)
 

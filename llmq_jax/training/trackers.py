@@ -13,7 +13,7 @@ from typing import Any
 
 from llmq_jax.atomic_files import AppendedFile, write_atomically
 from llmq_jax.errors import BadInput
-from llmq_jax.training.metrics import Record
+from llmq_jax.training.metrics import VALIDATION, Record
 
 WANDB_ID = "wandb_id.txt"
 
@@ -86,8 +86,8 @@ def require_wandb() -> None:
 
 
 def _tag(name: str) -> str:
-    group = "validation" if name.startswith("validation_") else "training"
-    return f"{group}/{name.removeprefix('validation_')}"
+    group = "validation" if name.startswith(VALIDATION) else "training"
+    return f"{group}/{name.removeprefix(VALIDATION)}"
 
 
 def _tensorboard_format() -> SimpleNamespace:

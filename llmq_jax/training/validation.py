@@ -5,11 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import JudgedBy
+from llmq_jax.training.metrics import VALIDATION
 from llmq_jax.training.plots import Point
 
-PREFIX = "validation_"
-"""Prefix of an evaluation's means in records."""
-LOSS = f"{PREFIX}loss"
+LOSS = f"{VALIDATION}loss"
 
 
 class Validation:
@@ -26,7 +25,7 @@ class Validation:
                 f"judged_by is {judged_by!r}; it must be a mean that evaluate returns, and lowest or highest"
             )
         self.judged_by = judged_by
-        self.name = PREFIX + judged_by[0]
+        self.name = VALIDATION + judged_by[0]
         self.patience = patience
         self.start = start
         self.values: dict[int, float] = {}
@@ -36,7 +35,7 @@ class Validation:
 
     def add(self, step: int, means: Mapping[str, float]) -> None:
         """Note an evaluation. BadInput as by `require_judged`."""
-        self.require_judged([name.removeprefix(PREFIX) for name in means])
+        self.require_judged([name.removeprefix(VALIDATION) for name in means])
         if LOSS in means:
             self.losses[step] = means[LOSS]
         if self.name in means and step > self.start:

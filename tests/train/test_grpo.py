@@ -558,7 +558,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"wandb": "p", "reward": "RW:broken"}, "wandb is not installed"),
         # Prompts.
         ({"data": "EMPTY"}, "empty.jsonl: line 2: the prompt is empty, so there is nothing to answer"),
-        ({"data": "ONE"}, "holds one prompt, and some are held out: give more, or --validation-data"),
+        ({"data": "ONE"}, "holds no two different prompts, and some are held out: give more, or --validation-data"),
         ({"data": "LONG"}, "long.jsonl: every prompt is longer than 27 tokens, the shortest has 30"),
         ({"max_prompt": 30}, "--max-prompt 30 and --max-new-tokens 5 exceed the model's context, 32; choose fewer"),
         ({"max_new_tokens": 32}, "--max-new-tokens 32 leaves no room in the model's context, 32"),
