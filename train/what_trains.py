@@ -8,7 +8,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.options import RecipeOptions, check_mesh, model_of
 
-LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
+LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied", "whole")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class TuningOptions:
     """How many numbers TinyLoRA trains for each matrix."""
     lora_tied: Flag = False
     """Let all matrices share TinyLoRA's numbers."""
+    lora_whole: Annotated[str | None, default_is("none")] = None
+    """What trains whole beside the adapters, as new tokens need: token_embedding, lm_head, or both with a comma; or
+    transformers' names, such as embed_tokens."""
     base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None
     """Type of the frozen weights beside the adapters: bfloat16 takes half the memory."""
 
@@ -60,17 +63,20 @@ class FineTuningOptions(RecipeOptions):
 
 
 def load_to_train(options: TuningOptions) -> Any:
-    """The model of --init-from, its weights in --base-dtype, float32 unless given, but for those that train on beside
-    adapters: a classifier's head, and what came whole with the adapters, are not rounded."""
+    """The model of --init-from, its weights in --base-dtype, float32 unless given, but for those that train beside
+    adapters: a classifier's head, and what is whole, are not rounded."""
     import jax
 
+    from llmq_jax.interop.peft import module_names
+    from llmq_jax.layers.fresh_adapters import own_names
     from llmq_jax.layers.lora import trained_whole
     from llmq_jax.model_files import load
     from llmq_jax.models.heads import SCORE
 
     dtype = options.weight_dtype
     lm = load(options.init_from, dtype=dtype)
-    trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables)}
+    asked = own_names(_names(options.lora_whole), module_names(lm.config))
+    trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables), *asked}
     if dtype == "float32" or not trains:
         return lm
     del lm  # there need not be room for both
@@ -198,22 +204,22 @@ def _spec(options: TuningOptions) -> Any:
     from llmq_jax.layers.lora import LoRA
 
     rank = LoRA.rank if options.lora_rank is None else options.lora_rank
-    targets = (
-        LoRA.targets
-        if options.lora_targets is None
-        else tuple(name.strip() for name in options.lora_targets.split(","))
-    )
     return LoRA(
         rank=rank,
         alpha=options.lora_alpha,
-        targets=targets,
+        targets=LoRA.targets if options.lora_targets is None else _names(options.lora_targets),
         layers=None if options.lora_layers is None else _layers(options.lora_layers),
         variant=options.lora_variant or LoRA.variant,
         use_rslora=options.lora_rslora,
         dropout=LoRA.dropout if options.lora_dropout is None else options.lora_dropout,
         numbers=options.lora_numbers,
         tied=options.lora_tied,
+        whole=_names(options.lora_whole),
     )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _layers(text: str) -> tuple[int, ...]:
