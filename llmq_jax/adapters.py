@@ -33,14 +33,15 @@ from llmq_jax.option_names import meant_by
 
 def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields: Any) -> LanguageModel:
     """The model with fresh adapters in float32. `fields` are those of `LoRA`: rank, alpha, targets, layers, variant,
-    use_rslora, dropout, ...
+    use_rslora, dropout, whole, ...
 
     `targets` names matrices by our names (query, mlp/up) or by transformers' (q_proj, mlp.up_proj), with the wildcards
     of shells. A matrix W [D, F] gets A [D, R], drawn by the seed, and B [R, F], zeros, and becomes W + alpha/R A B (Hu
-    et al. 2021, arXiv:2106.09685, eq. 3); variants differ.
+    et al. 2021, arXiv:2106.09685, eq. 3); variants differ. What `whole` names, by our names or transformers', trains as
+    it is: embedding or head, which in a model that has one matrix for both are "token_embedding".
 
     BadInput: the model has adapters already, a target or layer that it lacks, a rank above a matrix's, fields that
-    contradict each other or that a LoRA does not have.
+    contradict each other or that a LoRA does not have, in `whole` what is no embedding or head.
     """
     require_model(lm)
     if not isinstance(spec, LoRA | None):

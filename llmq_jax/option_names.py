@@ -61,6 +61,7 @@ OURS = {
     "lora_rslora": ("use_rslora",),
     "lora_variant": ("use_dora", "dora"),
     "lora_layers": ("layers_to_transform",),
+    "lora_whole": ("modules_to_save", "lora_modules_to_save"),
     "reference": ("ref_model",),
     "center": ("center_rewards_coefficient",),
     "loss": ("loss_type",),

@@ -229,11 +229,27 @@ def test_the_page(tmp_path, monkeypatch, program):
         "--sample-every=0",
         "--evaluate-every=0",
     )
-    for train, learned in (("all", 4), ("lora", 1)):  # so many different rows: they begin as one
-        assert program("train.instruct", *given, f"--train={train}", f"--out={train}")[0] == 0
-        after = lq.load(train)
+    whole = "--lora-whole=token_embedding"
+    # So many different rows: they begin as one.
+    for out, learned, *train in (("all", 4, "--train=all"), ("lora", 1), ("whole", 4, whole)):
+        assert program("train.instruct", *given, *train, f"--out={out}")[0] == 0
+        after = lq.load(out)
         assert after.tokenizer.encode(text, allow_special=True) == tokens and after.generation.eos_token_id == (258,)
         assert len(np.unique(np.asarray(after.params["token_embedding"]["embedding"])[257:], axis=0)) == learned
+
+    # As adapters it goes to PEFT; here also onto the base that has no new tokens yet; and on in training.
+    assert program("convert.to_hf", "whole", "adapter", "--adapter")[0] == 0
+    expected = after.logits([tokens])
+    torch = pytest.importorskip("torch")
+    base = transformers.AutoModelForCausalLM.from_pretrained("gpt2-chat").eval()
+    back = pytest.importorskip("peft").PeftModel.from_pretrained(base, "adapter").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(back(torch.tensor([tokens])).logits, expected, atol=1e-4)
+    on_the_old = lq.load_adapter(lq.load("gpt2"), "adapter")
+    np.testing.assert_allclose(on_the_old.logits([tokens]), expected, atol=1e-5)
+    assert on_the_old.config == after.config and on_the_old.tokenizer.encode(text, allow_special=True) == tokens
+    code, said, _ = program("train.instruct", *given, "--init-from=whole", "--out=on")
+    assert code == 0 and "(lora, token_embedding)" in said
 
 
 ON_A_MESH = """

@@ -8,7 +8,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.options import RecipeOptions, check_mesh, model_of
 
-LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
+LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied", "whole")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class TuningOptions:
     """How many numbers TinyLoRA trains for each matrix."""
     lora_tied: Flag = False
     """Let all matrices share TinyLoRA's numbers."""
+    lora_whole: Annotated[str | None, default_is("none")] = None
+    """What trains whole beside the adapters, as new tokens need: token_embedding, lm_head, or both with a comma; or
+    transformers' names, such as embed_tokens."""
     base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None
     """Type of the frozen weights beside the adapters: bfloat16 takes half the memory."""
 
@@ -60,17 +63,20 @@ class FineTuningOptions(RecipeOptions):
 
 
 def load_to_train(options: TuningOptions) -> Any:
-    """The model of --init-from, its weights in --base-dtype, float32 unless given, but for those that train on beside
-    adapters: a classifier's head, and what came whole with the adapters, are not rounded."""
+    """The model of --init-from, its weights in --base-dtype, float32 unless given, but for those that train beside
+    adapters: a classifier's head, and what is whole, are not rounded."""
     import jax
 
+    from llmq_jax.interop.peft import module_names
+    from llmq_jax.layers.fresh_adapters import own_names
     from llmq_jax.layers.lora import trained_whole
     from llmq_jax.model_files import load
     from llmq_jax.models.heads import SCORE
 
     dtype = options.weight_dtype
     lm = load(options.init_from, dtype=dtype)
-    trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables)}
+    asked = own_names(_spec(options).whole, module_names(lm.config))
+    trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables), *asked}
     if dtype == "float32" or not trains:
         return lm
     del lm  # there need not be room for both
@@ -201,11 +207,15 @@ def _spec(options: TuningOptions) -> Any:
     given = {name: getattr(options, f"lora_{name}") for name in LORA_OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     given["use_rslora"] = given.pop("rslora")
-    if "targets" in given:
-        given["targets"] = tuple(name.strip() for name in given["targets"].split(","))
-    if "layers" in given:
-        given["layers"] = _layers(given["layers"])
+    for name, read in (("targets", _names), ("layers", _layers), ("whole", _names)):
+        if name in given:
+            given[name] = read(given[name])
     return LoRA(**given)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """("query", "value") of "query,value"."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _layers(text: str) -> tuple[int, ...]:

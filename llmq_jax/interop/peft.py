@@ -75,6 +75,9 @@ def module_names(config: Any) -> dict[str, set[str]]:
     if config.model_type not in TABLES:  # the matrices of a user's own architecture have our names only
         return {}
     names: dict[str, set[str]] = {}
+    for rule in memory_table(config).rules:
+        if rule.path == "params/token_embedding/embedding":
+            names[rule.key.removesuffix(".weight").split(".")[-1]] = {"token_embedding"}
     for site in sites_of(config):
         path = site.placement.path
         inside = path[3:-1] if path[1].startswith("group_") else path[1:-1]

@@ -16,12 +16,15 @@ from llmq_jax.layers.lora import (
     DROPOUT,
     EXPERT_KERNELS,
     LORA,
+    LORA_FIXED,
     MAGNITUDE,
     MIDDLE,
     NUMBERS,
     PROJECTIONS,
     SCALE,
     TIED,
+    TRAINS,
+    WHOLE,
     A,
     Adapter,
     B,
@@ -34,6 +37,7 @@ from llmq_jax.layers.lora import (
 )
 
 ALL_LINEAR, ATTENTION, MLP = "all-linear", "attention", "mlp"
+EMBEDDING, HEAD, SCORE = "token_embedding", "lm_head", "score"
 CHOOSERS = ("router", "noise")
 """Layers of a mixture of experts that "all-linear" leaves out: those that choose the experts stay as they are."""
 
@@ -48,7 +52,8 @@ def add_adapters(
     """The variables with fresh adapters, which do not change the outputs yet.
 
     `layer_paths` are the model's. `aliases` are other names of matrices: {"q_proj": {"attention/query"}}.
-    BadInput: there are adapters already, a pattern or layer names nothing, the rank is above that of a matrix.
+    BadInput: there are adapters already, a pattern or layer names nothing, the rank is above that of a matrix, what is
+    to train whole is no embedding or head.
     """
     if LORA in variables:
         raise BadInput("this model has adapters already; merge them first, or start from the base")
@@ -62,7 +67,35 @@ def add_adapters(
     trees = from_adapters(fresh)
     if spec.tied:
         trees[LORA] = {TIED: {NUMBERS: jnp.zeros(spec.length)}}
+    if spec.whole:
+        trees[LORA_FIXED][WHOLE] = {name: jnp.asarray(TRAINS) for name in _whole(params, spec, aliases or {}, chosen)}
     return {**variables, **trees}
+
+
+def own_names(names: str | Sequence[str], aliases: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """{our name: the name given} of an embedding or a head."""
+    given = (names,) if isinstance(names, str) else names
+    return {next(iter(aliases.get(name, {name}))): name for name in given}
+
+
+def _whole(
+    params: Mapping[Path, Any], spec: LoRA, aliases: Mapping[str, Collection[str]], adapted: Collection[Path]
+) -> list[str]:
+    """Our names of what trains whole; BadInput for what cannot."""
+    parts = {path[0] for path in params}
+    there = [name for name in (EMBEDDING, HEAD) if name in parts]
+    own = own_names(spec.whole, aliases)
+    for name, given in own.items():
+        at_fault = f"LoRA: whole={given!r}"
+        if (name, "kernel") in adapted:
+            raise BadInput(f"{at_fault} has an adapter among the targets; leave it out there, or here")
+        if name == SCORE and SCORE in parts:
+            raise BadInput(f"{at_fault} is a classifier's head, which trains anyway; leave it out")
+        if name == HEAD and parts.isdisjoint((HEAD, SCORE)):
+            raise BadInput(f"{at_fault} is one matrix with the embedding in this model; name {EMBEDDING} alone")
+        if name not in there:
+            raise BadInput(f"{at_fault} is no embedding or head of this model; choose from {', '.join(there)}")
+    return list(own)
 
 
 def _chosen(
@@ -82,6 +115,7 @@ def _chosen(
         if path[:2] in places and path[-1] in ("kernel", *EXPERT_KERNELS)
     }
     matrices |= {path: path[0] for path in sorted(params) if len(path) == 2 and path[-1] == "kernel"}
+    aliases = {name: theirs for name, theirs in aliases.items() if {*theirs} & {*matrices.values()}}
     patterns = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
     wanted: set[Path] = set()
     for pattern in patterns:

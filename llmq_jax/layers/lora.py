@@ -38,10 +38,10 @@ RATIO = "ratio"
 TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
-"""The entry of `lora_fixed` that names parameters which came whole with the adapters, in place of the base's own (an
+"""The entry of `lora_fixed` that names parameters which belong to the adapters whole, in place of the base's own (an
 embedding, a head), each with one of these marks: {"lm_head": jnp.asarray(TRAINS)}."""
 STAYS, TRAINS = 1.0, 2.0
-"""What came whole stays as it is, or trains on with the adapters, as PEFT's `modules_to_save` do. Marks are arrays,
+"""What is whole stays as it came, or trains with the adapters, as PEFT's `modules_to_save` do. Marks are arrays,
 because they stand in the variables, which checkpoints, meshes and `jax.jit` take for a tree of arrays."""
 EXPERT_KERNELS = ("up_kernel", "down_kernel")
 NUMBERS_BY_DEFAULT = 64
@@ -72,6 +72,8 @@ class LoRA:
     """TinyLoRA: length of v (u); None is 64."""
     tied: bool = False
     """TinyLoRA: whether all matrices share one v (weight_tying=1)."""
+    whole: str | tuple[str, ...] = ()
+    """What trains whole beside them (modules_to_save): "token_embedding", "lm_head", or both."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -92,6 +94,8 @@ class LoRA:
         require(len(self.targets) > 0, "targets", "names no matrix")
         named = all(isinstance(target, str) for target in self.targets)
         require(named, "targets", "must be a name, or several: ('query', 'value')")
+        several = isinstance(self.whole, Sequence) and all(isinstance(name, str) for name in self.whole)
+        require(several, "whole", "must be a name, or several: ('token_embedding', 'lm_head')")
         require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
         require(self.layers is None or len(self.layers) > 0, "layers", "names no layer")
         numbered = all(has_type(scalar(layer), int) for layer in self.layers or ())
@@ -385,7 +389,7 @@ def spread(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained_whole(variables: dict[str, Any]) -> set[str]:
-    """The names of the parameters (an embedding, a head) that came whole with the adapters and train on with them."""
+    """The names of the parameters (an embedding, a head) that train whole beside the adapters."""
     return {name for name, mark in variables.get(LORA_FIXED, {}).get(WHOLE, {}).items() if np.asarray(mark) == TRAINS}
 
 

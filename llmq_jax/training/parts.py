@@ -112,8 +112,8 @@ def train_adapters(
     model: Decoder, variables: dict[str, Any], heads: Collection[str] = ()
 ) -> tuple[Decoder, dict[str, Any], tuple[Any, ...]]:
     """(the model, variables, the collections that train). The adapters train, and with them `heads` and the matrices
-    that came whole with the adapters and were trained there. Nothing trains below the first layer that has an adapter,
-    and no gradient goes there, unless the embedding trains."""
+    that train whole. Nothing trains below the first layer that has an adapter, and no gradient goes there, unless the
+    embedding trains."""
     found = adapters(variables)
     heads = {*heads, *trained_whole(variables)}
     layer_paths = model.layer_paths()

@@ -473,6 +473,9 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
         ({"dropout": 0.1, "targets": "moe/*"}, "dropout=0.1 does not act on stacked experts"),
         ({"variant": "dora"}, "variant='dora' does not act on stacked experts"),
         ({"dropout": 0.1, "targets": "lm_head"}, "dropout=0.1 does not act on the head (lm_head/kernel)"),
+        ({"whole": "lm_haed"}, "whole='lm_haed' is no embedding or head of this model; choose from token_embedding"),
+        ({"whole": ("score",)}, "whole='score' is no embedding or head of this model; choose from token_embedding"),
+        ({"whole": ("lm_head",), "targets": "lm_head"}, "whole='lm_head' has an adapter among the targets; leave it"),
     ],
 )
 def test_bad_adapters_are_refused_in_one_line(fields, message):
@@ -488,6 +491,7 @@ def test_bad_adapters_are_refused_in_one_line(fields, message):
     [
         ("targets", [1], "LoRA: targets=[1] must be a name, or several: ('query', 'value')"),
         ("layers", ["1"], "LoRA: layers=['1'] must be a sequence of whole numbers: (0, 1)"),
+        ("whole", None, "LoRA: whole=None must be a name, or several: ('token_embedding', 'lm_head')"),
     ],
 )
 def test_fields_of_another_type_are_refused(field, value, message):
@@ -497,6 +501,34 @@ def test_fields_of_another_type_are_refused(field, value, message):
     with pytest.raises(BadInput) as error:
         spec.__post_init__()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "whole", "message"),
+    [
+        ({"tie_word_embeddings": True}, "lm_head", "whole='lm_head' is one matrix with the embedding in this model"),
+        ({"labels": ("a", "b")}, "score", "whole='score' is a classifier's head, which trains anyway; leave it out"),
+        ({"labels": ("a", "b")}, "lm_head", "'lm_head' is no embedding or head of this model; choose from token_e"),
+        ({}, "q_proj", "whole='q_proj' is no embedding or head of this model; choose from token_embedding, lm_head"),
+    ],
+)
+def test_what_cannot_train_whole_is_refused_in_one_line(fields, whole, message):
+    config = override(CONFIGS["llama"], **fields)
+    with pytest.raises(BadInput) as error:
+        add_adapters(drawn(config), build(config).layer_paths(), LoRA(rank=1, whole=whole), module_names(config))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_trains_whole_has_our_names_or_those_of_transformers(name):
+    config = CONFIGS[name]
+    model, variables, aliases = build(config), drawn(config), module_names(config)
+    theirs = {"gpt2": "wte"}.get(name, "embed_tokens")
+    for given in (theirs, "token_embedding", (theirs, "token_embedding")):
+        adapted = add_adapters(variables, model.layer_paths(), LoRA(rank=1, whole=given), aliases)
+        assert lora.trained_whole(adapted) == {"token_embedding"}
+    with pytest.raises(BadInput, match=rf"LoRA: '{theirs}' matches no matrix; there are "):
+        add_adapters(variables, model.layer_paths(), LoRA(rank=1, targets=theirs), aliases)
 
 
 def test_a_pattern_that_the_chosen_layers_lack_is_refused():

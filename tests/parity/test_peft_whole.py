@@ -17,9 +17,10 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.models import build
 from llmq_jax.objectives import NextToken
-from llmq_jax.training.parts import as_read, train_adapters
+from llmq_jax.training import adamw, create_state, make_train_step
+from llmq_jax.training.parts import as_read, train_adapters, whole
 from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed
-from tests.parity.decoders import LOGITS, LOSS, draw_tokens, their_logits
+from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
 from tests.parity.references import numpy_state, randomise
 
 
@@ -162,6 +163,13 @@ def test_copies_that_have_not_learned_yet_train_on(pair_of, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours.params, lm.params)
 
 
+def next_tokens(tokens):
+    """The batch in which each token but the first is learned."""
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "mask": np.ones(tokens.shape, np.float32)}
+    batch["mask"][:, -1] = 0
+    return jax.tree.map(jnp.asarray, batch)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", ["embed_tokens", pytest.param("lm_head", marks=pytest.mark.exhaustive)])
 def test_copies_train_on_with_their_adapters(pair_of, tmp_path, module):
@@ -175,9 +183,7 @@ def test_copies_train_on_with_their_adapters(pair_of, tmp_path, module):
     ours = lq.load_adapter(lm, tmp_path / "theirs")
     model, variables, trainable = train_adapters(ours.model, ours.variables)
     assert trainable == ("params", "lora")
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "mask": np.ones(tokens.shape, np.float32)}
-    batch["mask"][:, -1] = 0
-    batch = jax.tree.map(jnp.asarray, batch)
+    batch = next_tokens(tokens)
     objective = NextToken(model)
 
     def our_loss(trained):
@@ -191,6 +197,77 @@ def test_copies_train_on_with_their_adapters(pair_of, tmp_path, module):
     found = found if name == "token_embedding" else found.T
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
     assert np.abs(expected).max() > 1e-3
+
+
+def their_matrix(adapted, module):
+    (found,) = (p for name, p in adapted.named_parameters() if f"{module}.modules_to_save" in name)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("tied", "modules"),
+    [(False, ["embed_tokens", "lm_head"]), (True, ["embed_tokens"]), (False, ["lm_head"]), (False, ["embed_tokens"])],
+)
+def test_fresh_adapters_with_whole_matrices_learn_as_there(tmp_path, tied, modules):
+    """The gradients of one batch and five steps of AdamW, and what these made goes there and back. A model that has one
+    matrix for embedding and head keeps it, as with ensure_weight_tying there."""
+    theirs, lm = make_pair("llama", FIELDS["llama"] | {"tie_word_embeddings": tied})
+    theirs.save_pretrained(tmp_path / "base")
+    ours = lq.lora(lm, rank=2, targets="q_proj", layers=(1,), whole=tuple(modules))
+    names = {"embed_tokens": "token_embedding", "lm_head": "lm_head"}
+    assert lora.trained_whole(ours.variables) == {names[module] for module in modules}
+    lq.save_adapter(ours, tmp_path / "fresh", base=str(tmp_path / "base"))
+    fields = {"target_modules": ["q_proj"], "layers_to_transform": [1], "lora_alpha": 4, "ensure_weight_tying": tied}
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=2, modules_to_save=list(modules), **fields)).eval()
+    peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(tmp_path / "fresh"))
+
+    model, variables, trainable = train_adapters(ours.model, ours.variables)
+    assert trainable == ("params", "lora")
+    optimizer = adamw(1e-2, b1=0.9, b2=0.999, weight_decay=0.0, clip=None)
+    theirs_trains = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    their_optimizer = torch.optim.AdamW(theirs_trains, lr=1e-2, weight_decay=0.0)
+    objective, tokens = NextToken(model), draw_tokens(lm)
+    batch, state = next_tokens(tokens), create_state(jax.tree.map(jnp.copy, variables), optimizer, trainable=trainable)
+
+    def our_loss(trained):
+        return objective.loss(as_read({**state.variables, **trained}), batch, objective.weights(batch), None)[0]
+
+    gradients = jax.device_get(jax.jit(jax.grad(our_loss))(state.trained))["params"]
+    step = make_train_step(objective, optimizer)
+    for number in range(5):
+        loss = adapted(input_ids=torch.tensor(tokens), labels=torch.tensor(tokens), use_cache=False).loss
+        their_optimizer.zero_grad()
+        loss.backward()
+        if number == 0:
+            for module in modules:
+                (found,) = gradients[names[module]].values()
+                expected = their_matrix(adapted, module).grad.numpy()
+                found = found if module == "embed_tokens" else found.T
+                np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+        their_optimizer.step()
+        state, metrics = step(state, batch)
+        np.testing.assert_allclose(metrics["loss"], loss.item(), atol=LOSS, rtol=0)
+    learned = ours.replace(variables=whole(state.variables))
+    for module in modules:
+        (found,) = learned.params[names[module]].values()
+        expected = their_matrix(adapted, module).detach().numpy()
+        np.testing.assert_allclose(found if module == "embed_tokens" else found.T, expected, atol=1e-4, rtol=0)
+    assert np.abs(np.asarray(learned.logits(tokens)) - np.asarray(lm.logits(tokens))).max() > 0.1
+
+    expected = learned.logits(tokens)
+    np.testing.assert_allclose(their_logits(adapted, tokens), expected, atol=1e-3, rtol=0)
+    lq.save_adapter(learned, tmp_path / "learned", base=str(tmp_path / "base"))
+    back = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "learned").eval()
+    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+    adapted.save_pretrained(tmp_path / "theirs")
+    for folder, same in (("learned", LOGITS), ("theirs", 1e-3)):
+        again = lq.load_adapter(lm, tmp_path / folder)
+        assert again.config == lm.config
+        np.testing.assert_allclose(again.logits(tokens), expected, atol=same, rtol=0)
+    merged = lq.merge(learned)
+    assert not merged.variables.keys() & {"lora", "lora_fixed"}
+    np.testing.assert_allclose(merged.logits(tokens), expected, atol=LOGITS, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")

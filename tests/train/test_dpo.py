@@ -220,6 +220,7 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     [
         ("EXPERTS", ("--train=blocks", "--blocks=1")),  # with a bias for selection, which moves
         ("MODEL", ("--train=lora", "--lora-layers=1", "--seed=4294967295")),
+        ("MODEL", ("--train=lora", "--lora-layers=1", "--lora-whole=embed_tokens,lm_head")),
     ],
 )
 def test_a_part_may_train(dpo, tmp_path, files, monkeypatch, model, part):
@@ -243,6 +244,8 @@ def test_a_part_may_train(dpo, tmp_path, files, monkeypatch, model, part):
     assert told != 0
     below = [jax.tree.map(lambda leaf: leaf[0], lm.params["group_0"]) for lm in (policy, reference)]
     jax.tree.map(np.testing.assert_array_equal, *below)
+    for name in ("token_embedding", "lm_head") if "--lora-whole" in part[-1] else ():
+        assert all(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, policy.params[name], reference.params[name]))))
 
 
 @pytest.mark.parametrize("reference", [[], ["--reference=OTHER"]])

@@ -118,6 +118,8 @@ def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeyp
         (("--lora-rank=99",), "--lora-rank 99 is above that of"),
         (("--lora-layers=0-7",), "LoRA: layer 2 does not exist; the model has layers 0 to 1"),
         (("--lora-layers=first",), "--lora-layers 'first' is no list of layers; write 0,1,2 or 20-29"),
+        (("--lora-whole=lm_haed",), "--lora-whole lm_haed is no embedding or head of this model; choose from"),
+        (("--lora-whole=lm_head", "--train=all"), "--lora-whole has no effect without --train lora; leave it out"),
     ],
 )
 def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkeypatch, options, message):
@@ -159,7 +161,7 @@ def test_modules_that_the_loss_does_not_read_stay_as_they_are():
     assert learner.described.startswith(f"training {rest:,} of {everything:,} parameters (all but those of multi-token")
 
 
-@pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_dropout": 0.0}])
+@pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_dropout": 0.0}, {"lora_whole": "lm_head"}])
 def test_adapters_that_are_there_take_no_options(base, given):
     lm, options = lq.load(base), Options(data="data.json", init_from="lm")
     adapted = lm.replace(variables=whole(prepared(lm, options).variables))

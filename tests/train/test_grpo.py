@@ -297,6 +297,13 @@ RESUMED = {
         "reward": "RW:small,RW:expected",
     },
     "adapters": {"beta": 0.1, "train": "lora", "lora_rank": 2, "reference": "start", "dynamic_sampling": True},
+    "adapters and an embedding": {
+        "beta": 0.1,
+        "train": "lora",
+        "lora_rank": 2,
+        "lora_whole": "token_embedding",
+        "reference": "start",
+    },
     "the last block": {"beta": 0.1, "train": "blocks", "blocks": 1, "reference": "start"},
     "a reward model that learns": {
         "reward": "NARROW",

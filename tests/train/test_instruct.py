@@ -670,6 +670,18 @@ def test_a_base_in_bfloat16_with_adapters_in_float32(instruct):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trained["lora"])} == {"float32"}
 
 
+def test_what_trains_whole_beside_a_base_in_bfloat16_is_not_rounded(instruct, model):
+    """Nor before its first step, which here changes nothing."""
+    options = [option for option in TINY if "--train" not in option and "rate" not in option]
+    options += ["--steps=1", "--learning-rate=1e-30", "--base-dtype=bfloat16", "--lora-whole=embed_tokens"]
+    code, out, err = instruct(*GIVEN, "--sample-every=0", tiny=options)
+    assert (code, err) == (0, "") and "(lora, token_embedding)" in out
+    before, after = lq.load(model).params, lq.load("run").params
+    types = {name: {leaf.dtype.name for leaf in jax.tree.leaves(tree)} for name, tree in after.items()}
+    assert types == {name: {"float32" if name == "token_embedding" else "bfloat16"} for name in types}
+    np.testing.assert_array_equal(after["token_embedding"]["embedding"], before["token_embedding"]["embedding"])
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_architectures(instruct, architecture, tmp_path):

@@ -92,9 +92,9 @@ STEPS = "--steps 4 --log-every 1"
 READ = "--context 64 --batch-size 8 --learning-rate 0.01"
 MESH, PROCESSES = "a mesh", "two processes"
 FINE_TUNING = {
-    "instruct": (PROCESSES, f"{READ} --context 16"),  # with rows for both of them
+    "instruct": (PROCESSES, f"{READ} --context 16 --lora-whole token_embedding,lm_head"),  # with rows for both of them
     "classifier": (PROCESSES, "--batch-size 8 --learning-rate 0.01 --train lora"),
-    "reward": (MESH, f"{READ} --train lora"),
+    "reward": (MESH, f"{READ} --train lora --lora-whole token_embedding"),
     "dpo": (PROCESSES, READ),
     "grpo": (MESH, f"--reward length:4 {DRAWN}"),  # in two processes it goes on, below
     "grpo by a model": (PROCESSES, f"--reward REWARD --supervision process {DRAWN}"),

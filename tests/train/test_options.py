@@ -125,10 +125,10 @@ def test_options_that_recipes_share(reached):
     options += " --weight-decay=0.05 --clip=0.5 --moments=bfloat16 --dtype=bfloat16 --remat=dots --no-scan-layers"
     options += " --attention=masked --log-every=3 --evaluate-every=4 --patience=2 --sample-every=5 --profile=1:2"
     options += " --checkpoint-every=6 --keep-last=7 --on-full-disk=continue --lora-rank=2 --lora-alpha=3"
-    options += " --lora-targets q_proj,v_proj --lora-layers=1 --lora-dropout=0.25 --lora-rslora"
+    options += " --lora-targets q_proj,v_proj --lora-layers=1 --lora-dropout=0.25 --lora-rslora --lora-whole lm_head"
     given = reached("instruct", "--data", "CHATS", "--init-from", "MODEL", *options.split())
 
-    spec = LoRA(2, 3.0, ("q_proj", "v_proj"), (1,), use_rslora=True, dropout=0.25)
+    spec = LoRA(2, 3.0, ("q_proj", "v_proj"), (1,), use_rslora=True, dropout=0.25, whole=("lm_head",))
     assert given.adapters[0][2] == spec and given.adapters[0][4] == 11
     (objective, _), how = given.step
     model = objective.model

@@ -24,6 +24,7 @@ from llmq_jax.rewards import Rewards
 from llmq_jax.training.grpo import REFERENCE, Loop, over_updates, reference_variables
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.parts import train_adapters
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import ModelReward, Scores, SummedRewards, TextRewards, step_ends
 from llmq_jax.training.rollouts import Rollout, roll_out
@@ -292,6 +293,19 @@ def test_adapters_have_a_reference_of_their_own_size(lm):
     state, metrics = loop.step(state, PromptBatches(5, 2)[0])
     assert abs(metrics["kl"]) < 1e-6
     assert same(state.variables["params"], lm.variables["params"])
+
+
+def test_an_embedding_that_trains_beside_adapters_has_a_reference_too(lm):
+    """That of the start, not the one that has learned."""
+    adapted = lq.lora(lm, rank=2, whole="token_embedding")
+    model, variables, trainable = train_adapters(adapted.model, adapted.variables)
+    loop, state = make_loop(lm.replace(model=model, variables=variables), beta=0.1, trainable=trainable)
+    rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
+    expected = loop.reference_logprobs(state, rollout)
+    before = np.array(state.variables["params"]["token_embedding"]["embedding"])
+    state, _ = loop.step(state, PromptBatches(5, 2)[0])
+    assert not same(state.variables["params"]["token_embedding"]["embedding"], before)
+    np.testing.assert_allclose(loop.reference_logprobs(state, rollout), expected, atol=1e-6)
 
 
 def test_groups_without_spread_teach_nothing_and_say_so(lm):
