@@ -1,6 +1,7 @@
 """What a model has read of a growing text, such as a conversation: a longer prompt is read from there on."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -11,6 +12,19 @@ if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel
 else:
     LanguageModel = Any  # Its package imports this one.
+
+
+class Held(NamedTuple):
+    """A text that was read. It is replaced as a whole, so that threads which share a PromptCache never take the caches
+    of one text for those of another."""
+
+    lm: LanguageModel | None = None
+    tokens: Sequence[int] = ()
+    """The text, without tokens after a stop string."""
+    caches: Caches = ()
+    """One per layer."""
+    read: int = 0
+    """The number of tokens in the caches."""
 
 
 class PromptCache:
@@ -32,33 +46,27 @@ class PromptCache:
 
     def forget(self) -> None:
         """Free what is held."""
-        self.lm: LanguageModel | None = None
-        self.tokens: list[int] = []
-        """The text, without tokens after a stop string."""
-        self.caches: Caches = ()
-        """One per layer."""
-        self.read = 0
-        """The number of tokens in the caches."""
+        self.held = Held()
 
-    def begins(self, lm: LanguageModel, prompt: list[int]) -> int:
-        """The number of the prompt's tokens that need not be computed; the last, which tells the next one, is not among
-        them."""
-        if self.lm is not lm or lm.model.rotates_by_length:
-            return 0
-        pairs = zip(self.tokens, prompt[:-1], strict=False)
+    def begins(self, lm: LanguageModel, prompt: list[int]) -> tuple[int, Caches]:
+        """(the number of the prompt's tokens that need not be computed, the caches of these). The last token, which
+        tells the next one, is not among them."""
+        held = self.held  # another thread may replace it meanwhile
+        if held.lm is not lm or lm.model.rotates_by_length:
+            return 0, ()
+        pairs = zip(held.tokens, prompt[:-1], strict=False)
         same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-        count = min(len(self.tokens), len(prompt) - 1) if same is None else same
-        return count if all(_goes_back(cache, self.read, count) for cache in self.caches) else 0
+        count = min(len(held.tokens), len(prompt) - 1) if same is None else same
+        return (count if all(_goes_back(cache, held.read, count) for cache in held.caches) else 0), held.caches
 
     def keep(self, lm: LanguageModel, prompt: list[int], state: DecodeState) -> None:
         """Hold the text of a state's only row. Of one that an interrupted step has used up nothing can be held."""
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             self.forget()
             return
-        tokens, length, self.read = jax.device_get((state.tokens[0], state.lengths[0], state.positions[0]))
+        tokens, length, read = jax.device_get((state.tokens[0], state.lengths[0], state.positions[0]))
         # The newest token is not read yet: its position is the number of those that are.
-        self.lm, self.tokens = lm, [*prompt, *tokens[:length].tolist()][: self.read]
-        self.caches = state.caches
+        self.held = Held(lm, [*prompt, *tokens[:length].tolist()][:read], state.caches, read)
 
 
 def _goes_back(cache: Any, read: int, count: int) -> bool:

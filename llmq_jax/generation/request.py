@@ -204,10 +204,10 @@ class Request:
 
     def start(self) -> DecodeState:
         if self.prompt_cache is not None:
-            read = self.prompt_cache.begins(self.lm, self.only_prompt)
+            read, caches = self.prompt_cache.begins(self.lm, self.only_prompt)
             unread = self.only_prompt[read:]
             if read and len(unread) <= max(LONGEST_PROMPT_STEP, read):
-                return self._read_on(unread, read, self.prompt_cache.caches)
+                return self._read_on(unread, read, caches)
         state, output = self._prefill(self.prompts, self.prompt_lengths)
         if self.draft is None:
             return state

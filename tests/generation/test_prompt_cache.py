@@ -95,7 +95,7 @@ def test_a_short_text_has_short_caches_again():
     for prompt, slots in ((long, 512), (short, 256), (long, 512)):
         made = lq.generate(lm, [prompt], prompt_cache=cache, **options)
         np.testing.assert_array_equal(made.tokens, lq.generate(lm, [prompt], **options).tokens)
-        assert {held.keys.shape[-1] for held in cache.caches} == {slots}
+        assert {held.keys.shape[-1] for held in cache.held.caches} == {slots}
 
 
 def text(length, seed=0):
@@ -135,7 +135,7 @@ def test_a_ring_is_used_as_long_as_it_holds_what_the_next_token_sees(lm, compute
         options = {"max_new_tokens": 1, "sampler": GREEDY, "stop": ()}
         lq.generate(lm, [start], prompt_cache=cache, **options)
         made = lq.generate(lm, [prompt], prompt_cache=cache, **options)
-        assert (cache.read, computed[-1]) == (len(prompt), expected)
+        assert (cache.held.read, computed[-1]) == (len(prompt), expected)
         np.testing.assert_allclose(made.logprobs, lq.generate(lm, [prompt], **options).logprobs, atol=2e-5)
 
 
@@ -152,11 +152,33 @@ def test_a_stream_that_nobody_reads_on_leaves_what_was_read(bytes_lm, computed):
     next(pieces), next(pieces)
     pieces.close()
     made = lq.generate(bytes_lm, prompt, **options).tokens[0].tolist()
-    assert 12 <= len(cache.tokens) < 22 and cache.tokens == [*prompt.encode(), *made][: len(cache.tokens)]
-    said = [*cache.tokens, made[len(cache.tokens) - 11]]
+    read = cache.held.tokens
+    assert 12 <= len(read) < 22 and read == [*prompt.encode(), *made][: len(read)]
+    said = [*read, made[len(read) - 11]]
     after = lq.generate(bytes_lm, [said], prompt_cache=cache, **options)
     np.testing.assert_array_equal(after.tokens, lq.generate(bytes_lm, [said], **options).tokens)
     assert computed == [11, 11, 1, len(said)]
+
+
+def test_a_text_of_another_thread_is_not_taken_for_that_which_was_compared(bytes_lm):
+    options = {"max_new_tokens": 12, "sampler": GREEDY, "stop": ()}
+
+    class Shared(lq.PromptCache):
+        meanwhile = ""
+        """What another thread generates from once it is known how much of the prompt is held."""
+
+        def begins(self, *given):
+            found = super().begins(*given)
+            if other := self.meanwhile:
+                self.meanwhile = ""
+                lq.generate(bytes_lm, other, prompt_cache=self, **options)
+            return found
+
+    cache = Shared()
+    lq.generate(bytes_lm, "hello there", prompt_cache=cache, **options)
+    cache.meanwhile = "a text of its own"
+    made = lq.generate(bytes_lm, "hello there, and on", prompt_cache=cache, **options)
+    assert cache.meanwhile == "" and made.text == lq.generate(bytes_lm, "hello there, and on", **options).text
 
 
 def test_what_an_interrupted_step_used_up_is_forgotten(bytes_lm, monkeypatch):
@@ -169,7 +191,7 @@ def test_what_an_interrupted_step_used_up_is_forgotten(bytes_lm, monkeypatch):
     monkeypatch.setattr(request, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(lq.stream(bytes_lm, "hello", max_new_tokens=12, stop=(), prompt_cache=cache))
-    assert cache.tokens == [] and cache.caches == ()
+    assert cache.held.tokens == () and cache.held.caches == ()
 
 
 def test_a_stop_string_and_another_model(bytes_lm, computed):
