@@ -122,12 +122,13 @@ def test_peaks_are_found_by_the_name_of_a_device():
     for kind, peak in (
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA H200", 989e12),
     ):
         assert peak_of(kind).flops == peak
     assert peak_of("NVIDIA A100-SXM4-40GB").bandwidth < peak_of("NVIDIA A100-SXM4-80GB").bandwidth
-    assert peak_of("cpu") is None
+    assert peak_of("cpu") is peak_of("NVIDIA GB200") is None  # which is more than a B200
 
 
 @pytest.fixture
