@@ -359,7 +359,10 @@ def test_two_processes_do_not_write_the_same_lines(stopped, llmq):
     ("options", "named"),
     [
         (["--seed", 1], "--seed"),
-        (["--top-k", 3, "--stop", "x"], "--top-k, --stop"),
+        (
+            ["--top-k", 3, "--stop", "x", "--repetition-penalty", 2, "--max-new-tokens", 7],
+            "--max-new-tokens, --top-k, --repetition-penalty, --stop",
+        ),
         (["--dtype", "bfloat16"], "--model"),  # other weights
         (["--prompt-file", "OTHER"], "--prompt-file"),
     ],

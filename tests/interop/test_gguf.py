@@ -13,9 +13,10 @@ from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 
+from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.gguf import END_OF_TURN
+from llmq_jax.interop.gguf import END_OF_TURN, generation_config
 from llmq_jax.interop.gguf_files import AT_ONCE, open_gguf
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.model_files import has_config, load
@@ -416,6 +417,9 @@ def test_end_of_turn_ends_a_text_too(tiny):
     assert "<|end|>" in END_OF_TURN
     expected = GenerationConfig(eos_token_id=(VOCABULARY - 2, VOCABULARY - 1), bos_token_id=VOCABULARY - 3)
     assert load(tiny).generation == expected
+    text = {"tokens": ["<|eot_id|>"], "token_type": [1]}  # as that of a control token, which this one is not
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in text.items()}
+    assert generation_config(metadata | {CHAT_TEMPLATE: "<|eot_id|>"}).eos_token_id == ()
 
 
 def test_end_tokens_by_name(tmp_path):

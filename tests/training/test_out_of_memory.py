@@ -113,9 +113,10 @@ def test_the_compilers_figure_of_a_step_by_pmap():
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3221225472 bytes.\nx"),
+        (jax.errors.JaxRuntimeError("x:\nRESOURCE_EXHAUSTED: Out of memory while trying to allocate 3221225472 bytes."),
          "Out of memory while trying to allocate 3.0 GiB"),
         (jax.errors.JaxRuntimeError("INTERNAL: Failed: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "out of memory"),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY"), "CUDA_ERROR_OUT_OF_MEMORY"),
         (jax.errors.JaxRuntimeError("INTERNAL: std::bad_alloc"), "std::bad_alloc"),
         (MemoryError(), "no memory is left for Python"),
         (jax.errors.JaxRuntimeError("INTERNAL: something else"), None),
