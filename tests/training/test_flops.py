@@ -115,6 +115,7 @@ def test_published_sizes():
     assert passed_weights(lq.preset("gpt2-124m")) == 124_439_808 - 1024 * 768 - 121_344  # positions, biases, norms
     # Of 4,096 tokens a mean of 2,048.5 is seen; of a window of 1,024 fewer.
     assert attention_flops(lq.preset("llama3.2-1b"), 4096) == 16 * 2048.5 * 32 * 2 * 128
+    assert attention_flops(lq.preset("qwen3-0.6b"), 4096) == 28 * 2048.5 * 16 * 2 * 256  # heads wider than D / H
     assert attention_flops(lq.preset("gemma3-1b"), 4096) < 0.4 * 26 * 2048.5 * 4 * 2 * 512
 
 

@@ -128,5 +128,5 @@ def test_shortages_are_told_from_other_errors(error, told):
 
 
 def test_sizes():
-    assert [size(count) for count in (12, 2048, 3 * 2**19, 5 * 2**30)] == ["12 bytes", "2.0 KiB", "1.5 MiB", "5.0 GiB"]
+    assert [size(count) for count in (12, 1024, 3 * 2**19, 5 * 2**30)] == ["12 bytes", "1.0 KiB", "1.5 MiB", "5.0 GiB"]
     assert bytes_on_a_device({"a": jnp.ones((3, 4)), "b": None, "c": [2.5]}) == 48
