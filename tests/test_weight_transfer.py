@@ -115,6 +115,9 @@ def test_modules_of_further_tokens_are_left_out_and_a_routers_bias_stays():
     less = lq.with_config(lm, without, unused=["layers/3/*", "layers/4/*"])
     np.testing.assert_array_equal(less.logits(TOKENS), lm.logits(TOKENS))
     assert "router" in less.variables
+    half = lm.variables | {"params": jax.tree.map(lambda leaf: leaf.astype("bfloat16"), lm.params)}
+    drawn = lq.with_config(lm.replace(variables=half), TINY, fresh=["layers/*/router/*"])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(drawn.variables["router"])} == {"float32"}
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,11 @@ def decode_behind(
 
 
 def last_text(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, ...]:
-    """The last id, as a tuple, that has a text of its own, so that others may be decoded behind it. Special tokens,
-    parts of a character and byte tokens do not count: what follows could change their text. Where there is no such id,
-    the first one in the vocabulary; () where that has none either."""
+    """The last id, as a tuple, that has a text of its own, so that others may be decoded behind it. Special tokens and
+    parts of a character do not count: what follows could change their text. Where there is no such id, the first one in
+    the vocabulary; () where that has none either."""
     for token in itertools.chain(reversed(ids), range(tokenizer.vocab_size)):
         text = tokenizer.decode([token], skip_special_tokens=True)
-        if text and REPLACEMENT not in text and token not in tokenizer.byte_tokens:
+        if text and REPLACEMENT not in text:
             return (token,)
     return ()

@@ -77,7 +77,7 @@ def require_supported(folder: Path, values: Mapping[str, Any]) -> None:
     if kind not in ("LORA", "TINYLORA"):
         raise BadInput(f"{folder / CONFIG}: peft_type={kind!r} is not supported; LORA and TINYLORA are")
     for name, plain in PLAIN.items():
-        if values.get(name, plain) not in (plain, None):
+        if values.get(name, plain) != plain:
             advice = "" if name in UNMERGEABLE else ": merge it in PEFT"
             advice += ", which can where its matrices have biases of their own" if name == "lora_bias" else ""
             raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}{advice}")

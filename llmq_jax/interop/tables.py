@@ -327,8 +327,7 @@ class WeightTable:
         names: dict[str, str] = {}
         for name in state:
             full = self.optional_prefix + name
-            use_full = name not in known and (full in known or self._ignores(full))
-            names.setdefault(full if use_full else name, name)
+            names.setdefault(full if full in known or self._ignores(full) else name, name)
         wanted = {placement.key for placement in placements}
         for key, source in self.tied.items():  # a file may keep a shared tensor by its other name alone
             if key in names and source not in names and key not in wanted:

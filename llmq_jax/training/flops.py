@@ -97,7 +97,7 @@ def passed_weights(config: Any, modules: int = 0, unembedded: float = 1.0) -> fl
 def _is_head(names: Sequence[str], config: Any) -> bool:
     """Whether this is the matrix that gives logits of tokens; a classifier has none."""
     tied: bool = config.tie_word_embeddings
-    return config.labels is None and names[0] == ("token_embedding" if tied else LM_HEAD) and names[-1] != "bias"
+    return config.labels is None and names[0] == ("token_embedding" if tied else LM_HEAD)
 
 
 def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0) -> float:

@@ -338,8 +338,11 @@ def test_lines_that_another_process_finishes_meanwhile(tmp_path, monkeypatch):
         return locks[-1]
 
     monkeypatch.setattr("llmq_jax.commands.kept_lines.lock_file", removed_at_first)
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     with kept_lines(out, {}, [{"a": 1}]) as kept:
         kept.add(['{"a": 1}'])
+        assert {f"{out}.partial", str(tmp_path)} <= {*synced}
     assert (len(locks), out.read_text(), os.listdir(tmp_path)) == (2, '{"a": 1}\n', ["out.jsonl"])
     with pytest.raises(BadInput, match="is there already"), kept_lines(out, {}, [{"a": 1}]):
         pass
@@ -359,7 +362,10 @@ def test_two_processes_do_not_write_the_same_lines(stopped, llmq):
     ("options", "named"),
     [
         (["--seed", 1], "--seed"),
-        (["--top-k", 3, "--stop", "x"], "--top-k, --stop"),
+        (
+            ["--top-k", 3, "--stop", "x", "--repetition-penalty", 2, "--max-new-tokens", 7],
+            "--max-new-tokens, --top-k, --repetition-penalty, --stop",
+        ),
         (["--dtype", "bfloat16"], "--model"),  # other weights
         (["--prompt-file", "OTHER"], "--prompt-file"),
     ],

@@ -12,6 +12,7 @@ from tokenizers import decoders, models
 from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, TextStream
 from llmq_jax.data.gguf_tokenizer import gguf_tokenizer
 from llmq_jax.data.gpt2_vocabulary import byte_characters, packaged_vocabulary
+from llmq_jax.data.text_stream import decode_behind, last_text
 from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer
 
 
@@ -156,6 +157,15 @@ def test_what_is_held_back_is_told_where_it_ends_with_a_character():
     assert held == ["", "\n", "", "\né", ""]
     stream = TextStream(ByteTokenizer())
     assert [(stream.push(byte), stream.held()) for byte in "é".encode()] == [("", ""), ("é", "")]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gguf", "metaspace"])
+def test_an_end_of_line_behind_a_character_spelled_by_bytes(name):
+    """Together with the last of them alone it would be no text."""
+    tokenizer, new = a_tokenizer(name), byte_ids(b"\nx")
+    behind = last_text(tokenizer, byte_ids("hi 😀".encode()))
+    stream = TextStream(tokenizer, behind=behind)
+    assert "".join([*map(stream.push, new), stream.finish()]) == decode_behind(tokenizer, behind, new) == "\nx"
 
 
 class Counting(ByteTokenizer):

@@ -93,6 +93,8 @@ def test_our_names_are_read_too():
         ("mtp_per_layer_config", {"0": {"num_experts_per_tok": 1}}),
         ("logits_mup_width_multiplier", 24.0),
         ("quantization_config", {"quant_method": "gptq"}),
+        ("partial_rotary_factor", 0.5),
+        ("rope_interleaved", True),
         ("activation_function", "prelu"),
     ],
 )

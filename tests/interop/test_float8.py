@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import llmq_jax as lq
+from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_to_hf, from_state_dict, to_state_dict
+from llmq_jax.interop.float8 import dequantised
 from llmq_jax.models import override
 from tests.interop.deepseek import AHEAD, BIAS, QUANTIZATION, TOKENS, assert_equal_trees
 from tests.interop.refusals import refused
@@ -92,6 +94,18 @@ def float8():
         else:
             file[name] = plain[name] = array if name.endswith(BIAS) else array.astype(ml_dtypes.bfloat16)
     return file, plain
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_each_block_is_multiplied_by_its_scale(dtype):
+    """Blocks of 2 x 3, of which the last are cut short; the scales need more digits than bfloat16 has."""
+    matrix = (np.arange(35).reshape(5, 7) % 8).astype(dtype)
+    scale = 1 + np.arange(9, dtype=np.float32).reshape(3, 3) / 1000
+    found = dequantised({"w": matrix, "w_scale_inv": scale}, (2, 3))["w"]
+    expected = [[float(matrix[i, j]) * scale[i // 2, j // 3] for j in range(7)] for i in range(5)]
+    np.testing.assert_array_equal(np.asarray(found), np.array(expected, np.float32).astype(ml_dtypes.bfloat16))
+    with pytest.raises(BadInput, match="w is in float8, and its scale w_scale_inv is not there"):
+        dequantised({"w": matrix}, (2, 3))
 
 
 @pytest.mark.exhaustive

@@ -10,8 +10,9 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
+from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.gguf import END_OF_TURN
+from llmq_jax.interop.gguf import END_OF_TURN, generation_config
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.model_files import has_config, load
 from llmq_jax.models.llama3 import Llama3Config
@@ -165,6 +166,9 @@ def test_end_of_turn_ends_a_text_too(tiny):
     assert "<|end|>" in END_OF_TURN
     expected = GenerationConfig(eos_token_id=(VOCABULARY - 2, VOCABULARY - 1), bos_token_id=VOCABULARY - 3)
     assert load(tiny).generation == expected
+    text = {"tokens": ["<|eot_id|>"], "token_type": [1]}  # as that of a control token, which this one is not
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in text.items()}
+    assert generation_config(metadata | {CHAT_TEMPLATE: "<|eot_id|>"}).eos_token_id == ()
 
 
 def test_end_tokens_by_name(tmp_path):

@@ -47,7 +47,9 @@ def test_a_factor_of_attention_by_the_name_in_yarns_own_code_counts_as_little_as
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "rope_parameters has factor and lacks rope_type"),
         (json.loads('{"rope_theta": NaN}'), "rope_parameters.rope_theta=nan is not a number"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}, "20000.0 is said of it elsewhere; keep one"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "attn_factor": 0.5}}, "attn_factor is not a parameter of"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' is not an object of parameters"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "=0 is not a positive whole number"),
     ],
 )
 def test_what_is_refused(values, message):
@@ -57,6 +59,14 @@ def test_what_is_refused(values, message):
 def test_without_a_type_nothing_is_scaled():
     parameters = {"rope_theta": 500.0, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 4096}
     assert read(rope_parameters=parameters).to_dict() == {"rope_type": "default", "rope_theta": 500.0}
+
+
+def test_a_trained_length_is_passed_over_by_types_that_do_not_read_it():
+    """As in transformers."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    assert read(rope_scaling=scaling, original_max_position_embeddings=4096) == read(rope_scaling=scaling)
+    yarn = {"type": "yarn", "factor": 16.0}
+    assert read(rope_scaling=yarn, original_max_position_embeddings=4096) == read(rope_scaling=YARN)
 
 
 def test_a_factor_of_yarn_beside_another_ratio_of_lengths_is_warned_of():
@@ -98,6 +108,8 @@ def test_rope_parameters_beside_rope_scaling():
     with pytest.raises(BadInput, match="rope_parameters has rope_theta, which rope_scaling lacks"):
         config_from_hf(both)
     assert config_from_hf({**both, "rope_theta": 500.0}).rope.rope_theta == 500.0
+    old = {"type": "linear", "factor": 2.0}
+    assert read(rope_parameters=old, rope_scaling=old) == read(rope_scaling=scaling)
     by_kind = {**both, "model_type": "gemma3_text", "rope_parameters": {"full_attention": both["rope_parameters"]}}
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(by_kind)).rope_parameters["full_attention"]
     assert config_from_hf(by_kind).rope.to_dict() == theirs
@@ -146,6 +158,7 @@ def test_both_spellings_are_written_and_say_the_same(name):
     new = {field: value for field, value in written.items() if field not in OLD}
     old = {field: value for field, value in written.items() if field != "rope_parameters"}
     assert ("rope_theta" in old and "rope_scaling" in old) == (config.model_type != "gpt2")
+    assert "rope_theta" not in (written.get("rope_scaling") or {})  # an unknown parameter there
     ours, theirs = config_from_hf(new), understood(new)
     for values in (written, old):
         assert config_from_hf(values) == ours

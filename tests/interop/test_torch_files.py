@@ -34,6 +34,7 @@ TENSORS = {
     "scalar": torch.tensor(2.5),
     "empty": torch.zeros(0, 3),
     "transposed": torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
+    "strided": torch.arange(6, dtype=torch.float32)[::2],
     "parameter": torch.nn.Parameter(torch.ones(2)),
 }
 

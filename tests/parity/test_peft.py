@@ -1,6 +1,7 @@
 """Adapters against PEFT, on disk both ways: logits, gradients, what is refused."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -12,11 +13,14 @@ import peft
 import pytest
 import tokenizers
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.numpy import load_file, save_file
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
+from llmq_jax.interop.peft_config import FIELDS as FIELDS_READ
+from llmq_jax.interop.peft_config import PLAIN, ends_with
 from llmq_jax.interop.peft_reader import base_of
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
@@ -446,6 +450,21 @@ def test_patterns_name_a_matrix_that_was_adapted_as_a_parameter(pair_of, tmp_pat
     assert_both_ways(anew, lm, spec, tmp_path)
 
 
+def test_patterns_match_as_in_peft():
+    name = "model.layers.1.self_attn.q_proj"
+    for pattern in ("q_proj", "proj", "k|proj", "k_proj|q_proj", "q_proj|k", r"1\..*", "layers"):
+        assert ends_with(name, pattern) == (get_pattern_key([pattern], name) == pattern), pattern
+
+
+def test_what_peft_computes_by_is_read_or_refused():
+    """The others change nothing in an adapter that is trained, or as `init_lora_weights` says."""
+    harmless = {"corda_config", "loftq_config", "lora_ga_config", "eva_config", "init_lora_weights", "auto_mapping"}
+    harmless |= {"ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern"}
+    harmless |= {"layers_to_transform", "megatron_config", "megatron_core", "peft_version", "qalora_group_size"}
+    harmless |= {"runtime_config", "target_modules", "task_type"}
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= {*FIELDS_READ, *PLAIN, *harmless}
+
+
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 AT_EMBEDDING = {
     "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((3, 61)),
@@ -460,6 +479,10 @@ AT_EMBEDDING = {
         ({"bias": "all"}, None, "bias='all' is not supported, only 'none': merge it in PEFT"),
         ({"lora_bias": True}, None, "only False: merge it in PEFT, which can where its matrices have biases of their"),
         ({"alora_invocation_tokens": [1]}, None, "alora_invocation_tokens=[1] is not supported, only None"),
+        ({"layer_replication": [[0, 2]]}, None, "layer_replication=[[0, 2]] is not supported, only None"),
+        ({"trainable_token_indices": [1]}, None, "trainable_token_indices=[1] is not supported, only None: merge it"),
+        ({"use_qalora": True}, None, "use_qalora=True is not supported, only False: merge it in PEFT"),
+        *[({"init_lora_weights": kind}, None, f"{kind!r} changed the base") for kind in ("corda", "loftq", "lora_ga")],
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' changed the base"),
         ({"init_lora_weights": "OLoRA"}, None, "init_lora_weights='OLoRA' changed the base"),
         (

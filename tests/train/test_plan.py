@@ -43,6 +43,8 @@ def test_every_option_reaches_the_plan(planned, monkeypatch):
     config = lq.preset("llama-10m", num_hidden_layers=1)
     how = (2, "bfloat16", "dots", "muon", "first-bfloat16", "blocked")
     assert given == [Run(config, mesh_sizes("fsdp=2"), 8, 128, *how)]
+    planned("--preset", "gemma3-1b", "--mesh", "data=2", "--accumulate", 3)
+    assert (given[1].batch_size, given[1].attention) == (2 * 3, "blocked")
 
 
 def test_a_complete_run_of_pretraining_names_its_model(planned):

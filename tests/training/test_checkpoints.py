@@ -184,7 +184,10 @@ def test_any_flipped_bit_truncation_loss_or_addition_is_found_and_named(three):
     verify_manifest(three.path(3))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b'{"files": {"a": 1}}'])
+BROKEN = [b'{"files": []}', b'{"files": {"a": 1}}', b'{"files": {"a": {"size": 1e999, "sha256": ""}}}']
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", *BROKEN])
 def test_lost_or_broken_manifest_is_damage(content, three):
     manifest = three.path(3) / "manifest.json"
     manifest.unlink() if content is None else manifest.write_bytes(content)

@@ -17,6 +17,8 @@ def test_equal_arrays_have_one_fingerprint():
     again = {name: jnp.array(np.array(array)) for name, array in ARRAYS.items()}
     assert fingerprint(again) == fingerprint(ARRAYS)
     assert len(fingerprint(ARRAYS)) == 16
+    square = jnp.arange(9).reshape(3, 3)
+    assert fingerprint({("a",): square}) != fingerprint({("a",): square.T})
 
 
 @pytest.mark.parametrize("name", ARRAYS)

@@ -115,6 +115,7 @@ def test_published_sizes():
     assert passed_weights(lq.preset("gpt2-124m")) == 124_439_808 - 1024 * 768 - 121_344  # positions, biases, norms
     # Of 4,096 tokens a mean of 2,048.5 is seen; of a window of 1,024 fewer.
     assert attention_flops(lq.preset("llama3.2-1b"), 4096) == 16 * 2048.5 * 32 * 2 * 128
+    assert attention_flops(lq.preset("qwen3-0.6b"), 4096) == 28 * 2048.5 * 16 * 2 * 256  # heads wider than D / H
     assert attention_flops(lq.preset("gemma3-1b"), 4096) < 0.4 * 26 * 2048.5 * 4 * 2 * 512
 
 
@@ -122,12 +123,13 @@ def test_peaks_are_found_by_the_name_of_a_device():
     for kind, peak in (
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA H200", 989e12),
     ):
         assert peak_of(kind).flops == peak
     assert peak_of("NVIDIA A100-SXM4-40GB").bandwidth < peak_of("NVIDIA A100-SXM4-80GB").bandwidth
-    assert peak_of("cpu") is None
+    assert peak_of("cpu") is peak_of("NVIDIA GB200") is None  # which is more than a B200
 
 
 @pytest.fixture

@@ -226,6 +226,15 @@ def test_a_change_that_is_enough(llama):
     assert f"{llama.total / GIB:.2f} GiB on each of 8 devices: does not fit 40 GiB" in text
 
 
+def test_devices_that_hold_the_same_may_divide_it():
+    """With as many rows in all; on more devices with as many on each."""
+    given = plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes("data=4"), 4, 64))
+    assert [change.words for change in changes(given, given.total - given.least // 3)] == [
+        "--mesh data=2,fsdp=2",
+        "--batch-size 8 --mesh data=4,fsdp=2 (8 devices)",
+    ]
+
+
 @pytest.mark.exhaustive
 def test_no_single_change_is_enough():
     alone = plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes("data=1"), 2, 256))

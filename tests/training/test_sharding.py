@@ -132,7 +132,7 @@ def test_meshes_that_cannot_be(text, why):
 def test_an_axis_that_divides_nothing():
     variables = abstract_variables(lq.preset("smollm2-135m"))
     sharding.check_mesh(sharding.mesh_sizes("tensor=3"), variables)
-    with pytest.raises(BadInput, match=r"tensor=7 divides no parameter: .*kernel \[30, .* has \d+ along"):
+    with pytest.raises(BadInput, match=r"tensor=7 divides no parameter: .*kernel \[30, 576, 3, 64\] has 3 along"):
         sharding.check_mesh(sharding.mesh_sizes("tensor=7"), variables)
     with pytest.raises(BadInput, match="expert=2 has no effect"):
         sharding.check_mesh(sharding.mesh_sizes("expert=2"), variables)
@@ -141,7 +141,7 @@ def test_an_axis_that_divides_nothing():
 def test_rows_that_cannot_be_divided():
     sizes = sharding.mesh_sizes("data=2,fsdp=2,tensor=2")
     sharding.check_rows(12, 3, sizes)
-    with pytest.raises(BadInput, match=r"12 rows in 2 parts cannot be divided among 4 devices \(data=2 x fsdp=2\)"):
+    with pytest.raises(BadInput, match=r"12 rows in 2 parts .* 4 devices \(data=2 x fsdp=2\); choose a multiple of 8"):
         sharding.check_rows(12, 2, sizes)
 
 
@@ -152,7 +152,7 @@ def test_layout():
     assert (found.shape, found.axes) == ((16, 2048, 32, 64), ". fsdp tensor .")
     assert found.bytes_per_device == 16 * 2048 * 32 * 64 * 4 // 8
     text = sharding.layout_text(variables, sharding.mesh_sizes("fsdp=4,tensor=2"))
-    assert text.splitlines()[-1].startswith("8 devices, ")
+    assert text.splitlines()[-1].startswith("8 devices, 618,143,744 bytes")  # an eighth of all, and whole norms
 
 
 def test_a_step_can_be_part_of_another_program():
