@@ -340,10 +340,12 @@ def test_lines_that_another_process_finishes_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr("llmq_jax.commands.kept_lines.lock_file", removed_at_first)
     synced, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-    with kept_lines(out, {}, [{"a": 1}]) as kept:
-        kept.add(['{"a": 1}'])
+    with kept_lines(out, {}, [{"a": 1}, {"a": 2}]) as kept:
+        for line in (lines := ['{"a": 1}', '{"a": 2}']):
+            kept.add([line])
         assert {f"{out}.partial", str(tmp_path)} <= {*synced}
-    assert (len(locks), out.read_text(), os.listdir(tmp_path)) == (2, '{"a": 1}\n', ["out.jsonl"])
+        assert kept.partial.read_text().splitlines()[1:] == lines
+    assert (len(locks), out.read_text().splitlines(), os.listdir(tmp_path)) == (2, lines, ["out.jsonl"])
     with pytest.raises(BadInput, match="is there already"), kept_lines(out, {}, [{"a": 1}]):
         pass
     assert os.listdir(tmp_path) == ["out.jsonl"]
@@ -382,7 +384,7 @@ def test_another_command_does_not_go_on(stopped, llmq, tmp_path, options, named)
 
 def test_lines_of_others_are_left_alone(stopped, llmq):
     """Those of no command, and those that came twice, as of two processes at a time."""
-    command, _, partial = stopped
+    command, whole, partial = stopped
     heading, first, second = partial.read_bytes().splitlines(keepends=True)
     for found in (
         b"notes",
@@ -392,6 +394,7 @@ def test_lines_of_others_are_left_alone(stopped, llmq):
         heading + first * 2,
         heading + second + b"1\n",
         heading * 2,
+        heading + whole.encode() + second,
     ):
         partial.write_bytes(found)
         code, _, err = llmq(*command)
