@@ -26,6 +26,8 @@ def test_a_plan_without_devices(planned):
     for column in range(4):  # what is shown adds up, but for rounding
         assert sum(row[column] for row in rows) == pytest.approx(total[column], abs=0.1)
     assert any(line.startswith("all-gather of weights, forward") and " fsdp " in line for line in lines)
+    sent = [float(line.split()[-1]) for line in lines[lines.index("") + 2 : -3]]
+    assert len(sent) > 2 and sent == sorted(sent, reverse=True)
     assert lines[-1].endswith("on each of 8 devices: fits 80 GiB")
 
 
