@@ -382,6 +382,23 @@ def test_another_command_does_not_go_on(stopped, llmq, tmp_path, options, named)
     assert f"{partial} was begun by a command that differs in {named}; give that one again to go on" in err
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("generation_config.json", '{"eos_token_id": 5}', "--model"),
+        ("chat_template.jinja", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "--prompt-file"),
+    ],
+)
+def test_nor_does_the_same_one_with_a_model_that_ends_or_asks_otherwise(
+    stopped, llmq, chat_folder, tmp_path, file, content, named
+):
+    (_, _, *options), _, _ = stopped
+    shutil.copytree(chat_folder, tmp_path / "changed")
+    (tmp_path / "changed" / file).write_text(content)
+    code, _, err = llmq("generate", tmp_path / "changed", *options)
+    assert code == 2 and f"was begun by a command that differs in {named}; give" in err
+
+
 def test_lines_of_others_are_left_alone(stopped, llmq):
     """Those of no command, and those that came twice, as of two processes at a time."""
     command, whole, partial = stopped
