@@ -202,7 +202,7 @@ def decoded(content: bytes, source: str | Path, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         at = offset + error.start
         byte = f"0x{content[error.start]:02x}"
-        raise BadInput(f"{source}: byte {at} ({byte}) is not UTF-8: convert it to UTF-8") from None
+        raise BadInput(f"{source}: byte {at} ({byte}) is not UTF-8: convert it to UTF-8, or unpack it") from None
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
