@@ -40,7 +40,7 @@ FORMS = {
 """{form: the fields that it must have}, in the order in which they are looked for."""
 SIDES = ("chosen", "rejected")
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-TURN = re.compile(r"(?:^\s*|\n\n)(Human|Assistant):")
+TURN = re.compile(r"(?:^\s*|\n\r?\n)(Human|Assistant):")
 """How a turn of a transcript begins: after an empty line, or at the beginning of the text."""
 
 
@@ -129,7 +129,8 @@ def read_preferences(path: DataPath) -> Preferences:
 def as_preference(record: Record) -> Preference:
     """A record in any of the forms; its answers may be equal. BadInput as for `read_preferences`."""
     record, form = with_form(record, FORMS, "preference pair")
-    record = _transcripts_as_messages(record)
+    if form == "messages":
+        record = _transcripts_as_messages(record)
     where, fields = record
     if form == "alpaca" and "prompt" in fields:
         raise BadInput(f"{where} has both an instruction and a prompt: remove one of the two fields")
@@ -291,11 +292,10 @@ def _answers(record: Record) -> list[tuple[Message, ...]]:
 
 def _transcripts_as_messages(record: Record) -> Record:
     """The record with lists of messages in the place of its two transcripts, if it has such."""
-    texts = [record.fields.get(side) for side in SIDES]
-    transcripts = [text for text in texts if isinstance(text, str) and TURN.match(text)]
-    if "prompt" in record.fields or len(transcripts) < 2:
+    texts = [record.fields[side] for side in SIDES]
+    if not all(isinstance(text, str) and TURN.match(text) and len(TURN.findall(text)) > 1 for text in texts):
         return record
-    return record._replace(fields={**record.fields, **dict(zip(SIDES, map(_turns, transcripts), strict=True))})
+    return record._replace(fields={**record.fields, **dict(zip(SIDES, map(_turns, texts), strict=True))})
 
 
 def _turns(transcript: str) -> list[Message]:
@@ -310,8 +310,8 @@ def _implicit_prompt(record: Record) -> tuple[tuple[Message, ...], list[tuple[Me
     where = record.where
     if any(isinstance(record.fields[side], str) for side in SIDES):
         raise BadInput(
-            f"{where}: chosen and rejected are neither lists of messages nor transcripts, which begin with 'Human:': "
-            "give what they answer as 'prompt'"
+            f"{where}: chosen and rejected are neither lists of messages nor transcripts, whose turns 'Human:' and "
+            "'Assistant:' follow empty lines: give what they answer as 'prompt'"
         )
     chosen, rejected = (message_list(record, side) for side in SIDES)
     common = next(

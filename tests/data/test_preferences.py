@@ -114,6 +114,11 @@ def test_transcripts(read, chat):
     same = read({"chosen": [*turns, assistant("f\nHuman: g")], "rejected": [*turns, assistant("h")]})
     assert parts(chat, pairs, "chat") == parts(chat, same, "chat")
     assert pairs.pairs[0].prompt == same.pairs[0].prompt and pairs.pairs[0].margin == 2
+    windows = {side: f"{talk} {side}".replace("\n", "\r\n") for side in ("chosen", "rejected")}
+    roles = [message["role"] for message in read(windows).pairs[0].chosen.messages]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    quoted = read({"instruction": "a", **windows}).pairs[0].chosen
+    assert quoted.messages == (user("a"), assistant(windows["chosen"]))
 
 
 def test_the_documented_template_writes_transcripts(read, chat):
@@ -315,7 +320,11 @@ BAD = [
     ),
     (
         {"chosen": "x", "rejected": "y"},
-        "neither lists of messages nor transcripts, which begin with 'Human:': give what",
+        "neither lists of messages nor transcripts, whose turns 'Human:' and 'Assistant:' follow empty lines: give w",
+    ),
+    (
+        {side: f"Human: x\nAssistant: {side}" for side in ("chosen", "rejected")},
+        "neither lists of messages nor transcripts, whose turns",
     ),
     ({"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "z"}, "neither lists of messages nor transcripts"),
     (
