@@ -75,7 +75,7 @@ def load_to_train(options: TuningOptions) -> Any:
 
     dtype = options.weight_dtype
     lm = load(options.init_from, dtype=dtype)
-    asked = own_names(_spec(options).whole, module_names(lm.config))
+    asked = own_names(_names(options.lora_whole or ""), module_names(lm.config))
     trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables), *asked}
     if dtype == "float32" or not trains:
         return lm

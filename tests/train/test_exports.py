@@ -116,6 +116,7 @@ def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeyp
         (("--train=head",), "--train head: this model's head is its embedding; choose blocks, lora or all"),
         (("--lora-targets=q_prj",), "LoRA: 'q_prj' matches no matrix; did you mean q_proj?"),
         (("--lora-rank=99",), "--lora-rank 99 is above that of"),
+        (("--lora-rank=0",), "--lora-rank is 0 and must be at least 1"),
         (("--lora-layers=0-7",), "LoRA: layer 2 does not exist; the model has layers 0 to 1"),
         (("--lora-layers=first",), "--lora-layers 'first' is no list of layers; write 0,1,2 or 20-29"),
         (("--lora-whole=lm_haed",), "--lora-whole lm_haed is no embedding or head of this model; choose from"),
