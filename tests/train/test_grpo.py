@@ -413,11 +413,11 @@ def test_the_reward_model_computes_as_the_options_say(grpo, monkeypatch):
     scorers = []
 
     def made(*arguments):
-        scorers.append(rewards(*arguments))
+        scorers.append(scorer_of(*arguments))
         raise BadInput("made")
 
-    rewards = train.grpo.rewards
-    monkeypatch.setattr(train.grpo, "rewards", made)
+    scorer_of = train.grpo.scorer_of
+    monkeypatch.setattr(train.grpo, "scorer_of", made)
     grpo(reward="JUDGED", remat="full", no_scan_layers=True, attention="blocked")
     model = scorers[0].lm.model
     assert (model.remat, model.scan_layers, model.attention) == ("full", False, "blocked")
