@@ -32,7 +32,7 @@ from llmq_jax.training.failures import disk_full, newest_text, out_of_memory, re
 from llmq_jax.training.flops import token_utilisation
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.metrics import OWN_LOSSES, VALIDATION, shown_loss
-from llmq_jax.training.out_of_memory import ERRORS
+from llmq_jax.training.out_of_memory import ERRORS, to_host
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import is_rewarded, plot_losses, plot_rewards, read_records
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
@@ -363,7 +363,7 @@ class _Loop:
         """Wait for a step, check its figures and show them, and log them where that is due."""
         names = [name for name in ("loss", *OWN_LOSSES, "grad_norm", *self.show) if name in done.metrics]
         with self.time.on("step", done.step):
-            values = jax.device_get([done.metrics[name] for name in names])
+            values = to_host([done.metrics[name] for name in names])
         figures = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in figures.items():
             require_finite(name, value, done.step, self.newest)
@@ -409,7 +409,7 @@ class _Loop:
         """Evaluate this step, unless `found` has its means already, and record them. Returns what to say of it."""
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
-            found = self.evaluate(self.state.variables) if found is None else found
+            found = to_host(self.evaluate(self.state.variables)) if found is None else found
             # All processes use the figures of one, because they must save, and stop, at the same steps.
             means = processes.share({VALIDATION + name: float(value) for name, value in found.items()})
         judged = self.validation.name

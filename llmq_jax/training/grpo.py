@@ -41,6 +41,7 @@ from llmq_jax.objectives.advantages import group_advantages, process_advantages
 from llmq_jax.objectives.grpo import GRPO
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.means import EXTREMES, combined
+from llmq_jax.training.out_of_memory import to_host
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
@@ -121,7 +122,7 @@ class Loop:
         for _ in range(self.iterations):  # lines 10 and 11
             state, metrics = self.update(state, own_rows(rows))
             updates.append(metrics)
-        metrics = over_updates(jax.device_get(updates))
+        metrics = over_updates(to_host(updates))
         learned = time.monotonic()
         if self.reward_learner is not None:  # line 12
             last = (number + 1) % self.steps_per_iteration == 0

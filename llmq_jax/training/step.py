@@ -16,6 +16,7 @@ from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
 from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
+from llmq_jax.training.out_of_memory import to_host
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import ROUTER, TrainState, refuse_consumed_state, routers_learn
@@ -234,7 +235,7 @@ def evaluate(eval_step: Callable[..., Any], variables: dict[str, Any], batches: 
         totals = sums, weights
     if totals is None:
         raise BadInput("nothing to evaluate: there is no batch; give one or more")
-    sums, weights = jax.device_get(totals)
+    sums, weights = to_host(totals)
     # A term beside the loss may have nothing to count, such as the second token ahead in rows of two; it is left out.
     # Extremes have no weight.
     weights |= {name: 1.0 for name in sums if name in EXTREMES}

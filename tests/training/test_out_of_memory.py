@@ -17,7 +17,7 @@ from llmq_jax.objectives import NextToken
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import read_metrics
-from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, usage
+from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, to_host, usage
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import Compiled, make_train_step
 
@@ -73,6 +73,14 @@ def test_a_step_without_memory_ends_the_run_in_a_line(fails, said, under_way, tm
     assert Checkpoints(folder / "checkpoints").latest_step() == 4
     assert read_metrics(folder / "metrics.jsonl")[-1]["step"] in (4, 6)
     assert not (folder / "finished.json").exists()
+
+
+def test_an_array_without_memory_raises_each_time():
+    """To copy it at once aborts the process, about once in 100 times."""
+    ones, product = jnp.ones((300, 300)), jax.jit(jnp.matmul)
+    for _ in range(500):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+            to_host(product(ones, ones).sum() + jnp.zeros(PETABYTE))
 
 
 def test_the_place_is_named(tmp_path):
