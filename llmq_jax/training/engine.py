@@ -409,7 +409,8 @@ class _Loop:
         """Evaluate this step, unless `found` has its means already, and record them. Returns what to say of it."""
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
-            found = to_host(self.evaluate(self.state.variables)) if found is None else found
+            found = self.evaluate(self.state.variables) if found is None else found
+            found = {name: to_host(value) for name, value in found.items()}  # in their order
             # All processes use the figures of one, because they must save, and stop, at the same steps.
             means = processes.share({VALIDATION + name: float(value) for name, value in found.items()})
         judged = self.validation.name
