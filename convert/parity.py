@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import run, use_device
-from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.errors import BadInput, at_place, did_you_mean
 from llmq_jax.options import Positional, default_is, option_name
 
 ROW = 48
@@ -176,13 +176,12 @@ def _folder(options: Options) -> Iterator[Path]:
 
 def _read_config(folder: Path) -> Any:
     from llmq_jax.interop import config_from_hf
-    from llmq_jax.interop.huggingface import located
     from llmq_jax.interop.tensor_files import read_json
 
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder}: has no config.json; give a Hugging Face folder (python -m convert.to_hf writes one)")
-    with located(path):
+    with at_place(path):
         config = config_from_hf(read_json(path))
     rope = getattr(config, "rope_parameters", None)
     if rope is not None and rope.rope_type == "dynamic":

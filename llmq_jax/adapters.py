@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.data.tokenizer_loading import tokenizer_in
-from llmq_jax.errors import BadInput, warn
+from llmq_jax.errors import BadInput, at_place, warn
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
-from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf, located
+from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf
 from llmq_jax.interop.peft import is_adapter, module_names
 from llmq_jax.interop.peft_reader import base_of, read_adapter
 from llmq_jax.interop.peft_writer import write_adapter
@@ -147,7 +147,7 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
         generation = generation.replace(eos_token_id=(*generation.eos_token_id, end))
     path = folder / GENERATION_CONFIG
     if path.is_file():
-        with located(path):
+        with at_place(path):
             values = read_json(path)
             # Of what its base says too, loading that has told.
             new = {name: value for name, value in values.items() if generation.other.get(name) != value}

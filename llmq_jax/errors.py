@@ -26,11 +26,13 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def at_place(where: object) -> Iterator[None]:
-    """BadInput raised within it begins with this place."""
+    """BadInput raised within it begins with this place, unless it names a file or folder there already."""
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"{where}: {error}") from None
+        if str(error).startswith((f"{where}:", f"{where}{os.sep}")):
+            raise
+        raise BadInput(f"{where}: {error}") from error
 
 
 def _printable(character: str) -> str:

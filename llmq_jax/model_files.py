@@ -13,7 +13,7 @@ import numpy as np
 
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, at_place
 from llmq_jax.field_types import create, require_model
 from llmq_jax.interop.architectures import config_class_of
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
@@ -24,7 +24,6 @@ from llmq_jax.interop.huggingface import (
     find,
     float_type,
     is_hf,
-    located,
     open_weights,
     read_hf,
 )
@@ -136,7 +135,7 @@ def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> 
     model, which `load` refuses."""
     if not (is_hf(source) or is_openai(source)):
         return {}
-    with located(source):
+    with at_place(source):
         config_class = config_class_of(open_weights(source), layout) if is_hf(source) else GPT2Config
         return fields_from_text(config_class, assignments)
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.host_copies import to_host
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
@@ -292,7 +293,7 @@ def logprobs_of(lm: Any, pairs: Sequence[Any], options: Options) -> Any:
     batches = PreferenceEvaluation(pairs, options.batch_size, options.context, None, numbers)
     for batch in with_progress(batches, "reference"):
         real = batch["mask"] > 0
-        result[batch.pop("place")[real]] = jax.device_get(of_batch(lm.variables, batch))[real]
+        result[batch.pop("place")[real]] = to_host(of_batch(lm.variables, batch))[real]
     return result
 
 

@@ -10,6 +10,7 @@ The same command again resumes a run that was stopped, and says so when it is fi
 see the defaults that the preset sets.
 """
 
+import contextlib
 import dataclasses
 import math
 import shlex
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
-from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.errors import BadInput, at_place, did_you_mean
 from llmq_jax.options import Flag, default_is, named_as_options, refuse_idle
 from train.exports import export_commands, registering
 from train.options import (
@@ -266,12 +267,8 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         raise BadInput("--separate-documents has no effect on a single document; leave it out")
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
     windows |= {"end_of_text": tokenizer.end_of_text, "separate_documents": options.separate_documents}
-    try:
+    with contextlib.nullcontext() if options.data is None else at_place(options.data):
         batches = training_batches(text.training, **windows, seed=options.seed)
-    except BadInput as error:
-        if options.data is None:
-            raise
-        raise BadInput(f"{options.data}: {error}") from None
     if text.validation is not None:
         held_out = SomeBatches(evaluation_batches(text.validation, **windows), options.evaluate_batches)
     if options.epochs is None and options.steps is None:

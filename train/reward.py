@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.host_copies import to_host
 from llmq_jax.options import default_is, no_option
 from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import export_commands
@@ -209,7 +210,7 @@ def rewards_of_a_few(options: Options, model: Any, pairs: list, validation: list
 
     def sample(variables, at_step):
         lines = []
-        for index, found in zip(order, jax.device_get(rewards(whole(variables), **rows)), strict=True):
+        for index, found in zip(order, to_host(rewards(whole(variables), **rows)), strict=True):
             pair = by_place[pairs[index].where]
             lines.append(one_line(text_of(pair.chosen.chat()[pair.chosen.given - 1]), WIDTH))
             for reward, side, name in zip(found, (pair.chosen, pair.rejected), ("chosen", "rejected"), strict=True):

@@ -8,13 +8,12 @@ samples do not depend on its neighbours either.
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import jax
-
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.request import Generation, Ids, Request, RowText
 from llmq_jax.generation.sampling import Sampler
+from llmq_jax.host_copies import to_host
 
 if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel
@@ -113,7 +112,7 @@ def _pieces(request: Request) -> Iterator[str]:
     state, finished = request.start(), False
     try:
         while not finished:
-            tokens, length, done = jax.device_get((state.tokens[0], state.lengths[0], state.done[0]))
+            tokens, length, done = to_host((state.tokens[0], state.lengths[0], state.done[0]))
             ended = bool(done or length == request.max_new_tokens)
             row.read_on(tokens[row.read : length].tolist(), ended)
             finished = ended or row.stop is not None

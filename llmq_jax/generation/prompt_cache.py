@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from llmq_jax.generation.decoding import Caches, DecodeState
+from llmq_jax.host_copies import to_host
 from llmq_jax.layers.caches import FullCache, LatentCache, RingCache
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class PromptCache:
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             self.forget()
             return
-        tokens, length, read = jax.device_get((state.tokens[0], state.lengths[0], state.positions[0]))
+        tokens, length, read = to_host((state.tokens[0], state.lengths[0], state.positions[0]))
         # The newest token is not read yet: its position is the number of those that are.
         self.held = Held(lm, [*prompt, *tokens[:length].tolist()][:read], state.caches, read)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,6 +27,7 @@ from llmq_jax.generation.speculative import (
     advance_by_drafts,
     start_draft,
 )
+from llmq_jax.host_copies import to_host
 from llmq_jax.models.deepseek3 import DeepSeek3
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ class Request:
 
     def stop_at_strings(self, state: DecodeState, texts: Sequence[RowText]) -> DecodeState:
         """Mark the rows whose text holds a stop string as done, and cut them after the token that completed it."""
-        tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
+        tokens, lengths, done = to_host((state.tokens, state.lengths, state.done))
         lengths, done = lengths.copy(), done.copy()
         for row, text in enumerate(texts):
             ended = bool(done[row] or lengths[row] == self.max_new_tokens)
@@ -317,7 +317,7 @@ class Request:
     def finish(self, state: DecodeState, texts: Sequence[RowText] = ()) -> Generation:
         """What was generated; `texts` are those of all rows where these were read for stop strings."""
         self.remember(state)
-        tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
+        tokens, logprobs, lengths = to_host((state.tokens, state.logprobs, state.lengths))
         tokens, logprobs = tokens[:, : self.max_new_tokens], logprobs[:, : self.max_new_tokens]
         text = None
         if texts:

@@ -30,6 +30,7 @@ from llmq_jax.data.length_buckets import by_length, padded_rows, power_of_two
 from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput, PythonAdvice, close_names
 from llmq_jax.generation import Sampler, generate, row_seed
+from llmq_jax.host_copies import to_host
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.axes import axis_sizes, replicated, row_devices
@@ -160,7 +161,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             targets, _ = pad([rows[place][1:] for _, place in owners] + [()] * more, batch["tokens"].shape[1])
             of_targets = [(row, counts[place]) for row, place in owners] + [(0, 0)] * more
             arrays = batch["tokens"], batch["lengths"], targets, *np.array(of_targets, np.int32).T
-            logprobs, greedy = jax.device_get(_continuations(self.lm.model, self.lm.variables, *arrays))
+            logprobs, greedy = to_host(_continuations(self.lm.model, self.lm.variables, *arrays))
             for number, (_, place) in enumerate(owners):
                 answers[place] = float(logprobs[number]), bool(greedy[number])
                 if (texts := requests[place][0]) is not None:

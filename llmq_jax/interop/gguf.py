@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
-from llmq_jax.errors import BadInput, warn
+from llmq_jax.errors import BadInput, at_place, warn
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
-from llmq_jax.interop.huggingface import Contents, is_hf, located, read_state
+from llmq_jax.interop.huggingface import Contents, is_hf, read_state
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 
@@ -50,7 +50,7 @@ def read_gguf(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read a GGUF file, or the only one in a folder; a given `config` takes the place of the file's, or changes it."""
     file = _only_file(path)
     gguf = open_gguf(file)
-    with located(file):
+    with at_place(file):
         _check_kind(gguf.metadata)
         config, variables = read_state(gguf.tensors, LAYOUT, config, dtype, _Metadata(gguf).config)
         tokenizer = gguf_tokenizer(gguf.metadata, file.stem)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
-from llmq_jax.errors import BadInput, no_such_path
+from llmq_jax.errors import BadInput, at_place, no_such_path
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
     config_from_hf,
@@ -92,13 +92,13 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
     folder = path.parent if path.is_file() else path
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     state: Mapping[str, Any] = open_weights(path)
-    with located(path):
+    with at_place(path):
         block = block_size(values)
         if block is not None:
             state = dequantised(state, block)
 
         def stored() -> Any:
-            with located(folder / CONFIG):
+            with at_place(folder / CONFIG):
                 return config_from_hf(values) if values else None
 
         config, variables = read_state(state, layout, config, dtype, stored)
@@ -114,17 +114,6 @@ def read_state(
     needed = given is None or isinstance(given, Mapping)
     config = resolve_config(given, stored() if needed else None, state, layout)
     return config, from_state_dict(state, config, layout, dtype)
-
-
-@contextlib.contextmanager
-def located(path: Path) -> Iterator[None]:
-    """A BadInput from within gets the path that it is about, unless it names a file already."""
-    try:
-        yield
-    except BadInput as error:
-        if str(error).startswith((f"{path}:", f"{path}{os.sep}")):
-            raise
-        raise BadInput(f"{path}: {error}") from error
 
 
 def save_hf(
@@ -275,7 +264,7 @@ def _refuse_by_config(folder: Path, config: Any) -> None:
     file = folder / CONFIG
     if not file.is_file() or is_adapter(folder) or not (config is None or isinstance(config, Mapping)):
         return
-    with located(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
+    with at_place(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
         if values := read_json(file):  # an empty one is taken for none
             config_from_hf(values)
 
@@ -301,7 +290,7 @@ def _read_generation_config(
     transformers reads only one of the two files, and without an end token in it never stops generating.
     """
     path = folder / GENERATION_CONFIG
-    with located(path if path.is_file() else folder / CONFIG):
+    with at_place(path if path.is_file() else folder / CONFIG):
         own = language_part(values)
         stored = read_json(path) if path.is_file() else {}
         warn_of_ignored(stored or own, path if stored else folder / CONFIG)

@@ -15,9 +15,9 @@ from typing import Any
 
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import GPT2Tokenizer
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, at_place
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.huggingface import Contents, is_hf, located, read_state
+from llmq_jax.interop.huggingface import Contents, is_hf, read_state
 from llmq_jax.interop.torch_files import is_torch, open_torch, saved_beside
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
@@ -52,7 +52,7 @@ def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     """
     path = path / CHECKPOINT if path.is_dir() else path
     state = open_torch(path)
-    with located(path):
+    with at_place(path):
         config, variables = read_state(
             state, LAYOUT, config, dtype, lambda: config_from_model_args(saved_beside(path, MODEL_ARGS))
         )

@@ -14,9 +14,9 @@ from typing import Any
 
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, at_place
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.huggingface import Contents, located, read_state
+from llmq_jax.interop.huggingface import Contents, read_state
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.interop.tensorflow_bundle import open_tensorflow
 from llmq_jax.models.gpt2 import GPT2Config
@@ -43,7 +43,7 @@ def is_openai(path: Path) -> bool:
 def read_openai(folder: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read a folder of OpenAI's; a given `config` takes the place of `hparams.json`, a dict changes fields of it."""
     state, file = open_tensorflow(checkpoint_index(folder)), folder / HPARAMS
-    with located(folder):
+    with at_place(folder):
         config, variables = read_state(
             state, LAYOUT, config, dtype, lambda: config_from_hparams(file) if file.is_file() else None
         )
@@ -59,7 +59,7 @@ def config_from_hparams(path: Path) -> GPT2Config:
             raise BadInput(f"{path}: {name} is no field of OpenAI's GPT-2, which has {', '.join(FIELDS)}")
         if type(values.get(name)) is not int:
             raise BadInput(f"{path}: {name} must be an integer, but is {values.get(name)!r}")
-    with located(path):
+    with at_place(path):
         return GPT2Config(**{ours: values[theirs] for theirs, ours in FIELDS.items()})
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from llmq_jax.atomic_files import full_disk
 from llmq_jax.data.batching import count_tokens
 from llmq_jax.errors import BadInput
+from llmq_jax.host_copies import to_host
 from llmq_jax.training import processes
 from llmq_jax.training.checkpoints import Checkpoints, JudgedBy
 from llmq_jax.training.expert_plots import plot_experts
@@ -32,7 +33,7 @@ from llmq_jax.training.failures import disk_full, newest_text, out_of_memory, re
 from llmq_jax.training.flops import token_utilisation
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.metrics import OWN_LOSSES, VALIDATION, shown_loss
-from llmq_jax.training.out_of_memory import ERRORS, to_host
+from llmq_jax.training.out_of_memory import ERRORS
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import is_rewarded, plot_losses, plot_rewards, read_records
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps

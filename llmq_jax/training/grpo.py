@@ -35,13 +35,13 @@ from llmq_jax.data.prompts import Prompt, step_seeds
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
+from llmq_jax.host_copies import to_host
 from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.advantages import group_advantages, process_advantages
 from llmq_jax.objectives.grpo import GRPO
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.means import EXTREMES, combined
-from llmq_jax.training.out_of_memory import to_host
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
@@ -292,7 +292,8 @@ class Loop:
             temperature=objective.temperature,
             group_size=objective.group_size,
         )
-        return np.asarray(logprobs)
+        on_host: np.ndarray = to_host(logprobs)
+        return on_host
 
     def warn_once(self, scores: Scores, mask: np.ndarray) -> None:
         """Report the first step that teaches nothing, and why; the metric `frac_reward_zero_std` shows later ones."""

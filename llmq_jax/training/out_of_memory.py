@@ -32,12 +32,6 @@ def shortage(error: BaseException) -> str | None:
     return re.sub(r"(\d+) bytes", lambda found: size(int(found[1])), line)
 
 
-def to_host(tree: Any) -> Any:
-    """The arrays of the tree, copied to the host once they are there. JAX's CPU backend aborts the process now and then
-    if it is to copy an array for which no memory was found; to wait for it raises the error."""
-    return jax.device_get(jax.block_until_ready(tree))
-
-
 def bytes_on_a_device(tree: Any) -> int:
     """Bytes on a device of all arrays of the tree, donated ones included."""
 

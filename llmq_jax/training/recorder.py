@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from llmq_jax.atomic_files import full_disk
+from llmq_jax.host_copies import to_host
 from llmq_jax.training.metrics import (
     METRICS,
     SAMPLES,
@@ -135,7 +135,7 @@ class Recorder:
         return bool(options.log_every) and (step == 1 or may_be_last or options.due(options.log_every, step))
 
     def _record(self, done: Step, figures: dict[str, float], rate: float | None, pace: Pace, time: TimeSpent) -> Record:
-        others = jax.device_get({name: value for name, value in done.metrics.items() if name not in figures})
+        others = to_host({name: value for name, value in done.metrics.items() if name not in figures})
         speed = pace.since_mark()
         of_device = {"mfu": pace.mfu(speed), "memory_bytes": device_memory_bytes()}
         return {

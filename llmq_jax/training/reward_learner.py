@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmq_jax.host_copies import to_host
 from llmq_jax.training.failures import NonFiniteLoss, all_finite
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout
@@ -74,7 +75,7 @@ class RewardLearner:
                     f"the reward model, which goes on learning, has weights that are not finite after its update "
                     f"{int(learner.step)}; lower --reward-learning-rate"
                 )
-        means = jax.tree.map(lambda *values: np.float32(np.mean(values)), *jax.device_get(updates)) if updates else {}
+        means = jax.tree.map(lambda *values: np.float32(np.mean(values)), *to_host(updates)) if updates else {}
         figures = {f"{REWARD_MODEL}/{name}": value for name, value in means.items()}
         return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs}), figures
 

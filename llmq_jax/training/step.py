@@ -12,11 +12,11 @@ from jax.extend.core import jaxpr_as_fun
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import refuse_consumed, whole
+from llmq_jax.host_copies import to_host
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
 from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
-from llmq_jax.training.out_of_memory import to_host
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import ROUTER, TrainState, refuse_consumed_state, routers_learn

@@ -13,11 +13,12 @@ import tiny_run
 from tiny_run import OPTIONS, Batches
 
 import llmq_jax as lq
+from llmq_jax.host_copies import to_host
 from llmq_jax.objectives import NextToken
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import read_metrics
-from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, to_host, usage
+from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, usage
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import Compiled, make_train_step
 
