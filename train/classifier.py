@@ -21,12 +21,12 @@ from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, refuse_idle
+from train.devices import on_devices
 from train.exports import export_commands, registering
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
     check_ranges,
-    on_devices,
     optimizer_of,
     own_options,
     run_options,

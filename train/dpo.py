@@ -27,11 +27,11 @@ from llmq_jax.host_copies import to_host
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
+from train.devices import on_devices
 from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
     filled,
-    on_devices,
     optimizer_of,
     own_options,
     run_options,

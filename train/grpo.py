@@ -25,6 +25,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle, with_breaks
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
+from train.devices import on_devices, row_parts
 from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
@@ -32,10 +33,8 @@ from train.options import (
     check_ranges,
     completed,
     filled,
-    on_devices,
     optimizer_of,
     own_options,
-    row_parts,
     run_options,
     train_step_of,
 )

@@ -21,6 +21,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, refuse_idle
 from train.answers import end_of_answer, ending_with, questioner
 from train.chat_templates import chat_template_digest, check_chat_template, in_style, tell_of_no_end, with_text_options
+from train.devices import on_devices
 from train.exports import next_commands
 from train.options import (
     LONGEST_CONTEXT,
@@ -28,7 +29,6 @@ from train.options import (
     VALIDATION_FRACTION,
     check_ranges,
     filled,
-    on_devices,
     optimizer_of,
     own_options,
     run_options,

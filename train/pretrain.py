@@ -22,18 +22,17 @@ from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, at_place, did_you_mean
 from llmq_jax.options import Flag, default_is, named_as_options, refuse_idle
+from train.devices import check_mesh, on_devices
 from train.exports import export_commands, registering
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
     VALIDATION_FRACTION,
     RecipeOptions,
-    check_mesh,
     check_ranges,
     context_of,
     filled,
     model_of,
-    on_devices,
     optimizer_of,
     own_options,
     run_options,

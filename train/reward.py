@@ -19,11 +19,11 @@ from llmq_jax.errors import BadInput
 from llmq_jax.host_copies import to_host
 from llmq_jax.options import default_is, no_option
 from train.chat_templates import chat_template_digest, with_text_options
+from train.devices import on_devices
 from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     filled,
-    on_devices,
     optimizer_of,
     own_options,
     run_options,

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from train.options import row_parts
+from train.devices import row_parts
 
 REWARD_RATE = 1e-5
 
