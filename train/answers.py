@@ -33,6 +33,7 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
 
     BadInput, before the run begins, where no instruction leaves room for an answer, unless it never asks one.
     """
+    from llmq_jax.data.bad_rows import usable
     from llmq_jax.data.conversations import as_conversation
     from llmq_jax.data.records import Record
     from llmq_jax.generation import Sampler, generate
@@ -42,7 +43,8 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
     if options.sample_prompt is not None:
         record = Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."})
         held_out = [as_conversation(record)]
-    prompts = ((prompt_tokens(conversation, options, lm.tokenizer), conversation) for conversation in held_out)
+    # Those that the template refuses have been told of before.
+    prompts = usable(lambda asked: (prompt_tokens(asked, options, lm.tokenizer), asked), held_out, [])
     prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
     if prompt is None and options.sample_every != 0:
         which = "--sample-prompt" if options.sample_prompt is not None else "every conversation"

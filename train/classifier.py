@@ -33,7 +33,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.sources import Sources, sources_of
+from train.sources import RowOptions, Sources, sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -79,7 +79,7 @@ class DataAndModelOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, RowOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Texts in a batch."""
@@ -212,11 +212,14 @@ def read_data(options: Options, sources: Sources) -> dict[str, list]:
     from llmq_jax.data import class_names, read_rows
 
     columns = None if options.columns is None else tuple(name.strip() for name in options.columns.split(","))
-    rows = {
-        name: read_rows(path, options.text_field, options.label_field, columns if may_lack_names(path) else None)
-        for name, path in sources._asdict().items()
-        if path
-    }
+    left_out = options.left_out()
+
+    def read(path: Any) -> list:
+        names = columns if may_lack_names(path) else None
+        return read_rows(path, options.text_field, options.label_field, names, left_out)
+
+    rows = {name: read(path) for name, path in sources._asdict().items() if path}
+    tell_left_out(left_out)
     class_names(rows["training"], sources.training)
     return rows
 

@@ -48,7 +48,7 @@ from train.preferences import (
     pair_tokens,
     read_pairs,
 )
-from train.sources import sources_of
+from train.sources import sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, flops_of, learner_of, load_to_train
 
@@ -110,14 +110,16 @@ def main(options: Options) -> Any:
 
     # The pairs, some of them held out, and the model.
     sources = sources_of(options, record_files)
-    training, validation = read_pairs(options, sources)
+    left_out = options.left_out()
+    training, validation = read_pairs(options, sources, left_out)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
     asked_plain = options.template == "plain"  # as it is given: further down a template is chosen where none is
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
         options = filled(options, split_seed=0)
-    learned, held_out = (pair_tokens(options, part, source) for part in (training, validation))
+    learned, held_out = (pair_tokens(options, part, source, left_out) for part in (training, validation))
+    tell_left_out(left_out)
     config, tokenizer = source.config, source.tokenizer
     steps_in_an_epoch = -(-len(learned) // options.batch_size)
     options = with_steps(options, steps_in_an_epoch, EPOCHS)

@@ -40,7 +40,7 @@ from train.options import (
 )
 from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, scorer_of
-from train.sources import one_split, sources_of
+from train.sources import RowOptions, one_split, sources_of
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
 
@@ -162,7 +162,9 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
+class Options(
+    FineTuningOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, RowOptions, DataAndModelOptions
+):
     # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
     """Steps of GRPO; each samples answers and makes --iterations optimizer updates."""

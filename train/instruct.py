@@ -8,6 +8,7 @@ Records have instruction, input and output; or messages; or ShareGPT's conversat
 question and answer. The same command again resumes a run that was stopped, and says so when it is finished.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.sources import held_out_apart, sources_of
+from train.sources import RowOptions, held_out_apart, sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -101,7 +102,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, TemplateOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, TemplateOptions, RowOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Rows in a batch."""
@@ -132,15 +133,18 @@ def main(options: Options) -> Any:
 
     # The conversations, some of them held out, and the model.
     sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
-    training, validation = held_out_apart(options, sources, read_conversations, said, "conversation")
+    left_out = options.left_out()
+    read = functools.partial(read_conversations, left_out=left_out)
+    training, validation = held_out_apart(options, sources, read, said, "conversation")
     source = load(options.init_from) if options.preview else load_to_train(options)
     source.require_language_model(options.init_from)
     options, source = with_text_options(options, training, source)
     tokenizer, config = source.tokenizer, source.config
     if not sources.validation and options.evaluate_every != 0:
         options = filled(options, split_seed=0)
-    learned = examples(options, training, tokenizer, config)
-    held_out = examples(options, validation, tokenizer, config) if validation else None
+    learned = examples(options, training, tokenizer, config, left_out)
+    held_out = examples(options, validation, tokenizer, config, left_out) if validation else None
+    tell_left_out(left_out)
 
     # Rows of several conversations, or of one. Training takes them shuffled, validation in order.
     rows = {"context": options.context, "batch_size": options.batch_size, "packing": options.pack, **row_share()}
@@ -237,7 +241,7 @@ def said(conversation: Any) -> str:
     return json.dumps([conversation.messages, conversation.given, conversation.input, conversation.variables])
 
 
-def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
+def examples(options: Options, part: list, tokenizer: Any, config: Any, left_out: list | None) -> Any:
     """Tokenised conversations. BadInput for a token outside the model's vocabulary."""
     import numpy as np
 
@@ -250,6 +254,7 @@ def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
         context=options.context,
         train_on=train_on(options),
         too_long=options.too_long,
+        left_out=left_out,
     )
     for example in result.examples:
         check_vocabulary(np.asarray(example.tokens), config.vocab_size, example.where)

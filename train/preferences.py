@@ -9,7 +9,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, refuse_idle
 from train.chat_templates import check_chat_template
 from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, split_of
-from train.sources import Sources
+from train.sources import RowOptions, Sources
 from train.what_trains import check_what_trains
 
 EPOCHS = 1.0
@@ -64,7 +64,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class PairOptions(TemplateOptions, DataAndModelOptions):  # fields are collected from right to left
+class PairOptions(TemplateOptions, RowOptions, DataAndModelOptions):  # fields are collected from right to left
     pass
 
 
@@ -76,16 +76,16 @@ def check_preference_options(options: RecipeOptions) -> None:
     refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])
 
 
-def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
+def read_pairs(options: PairOptions, sources: Sources, left_out: list | None) -> tuple[list, list]:
     """(training, validation) pairs; prints what was found. No prompt is in both."""
     from llmq_jax.data import read_preferences, split_preferences
 
-    everything = read_preferences(sources.training)
+    everything = read_preferences(sources.training, left_out)
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
     print(f"{counted(len(everything), 'pair')} in {sources.training}{equal}")
     if not sources.validation:
         return split_preferences(everything.pairs, *split_of(options))
-    validation = read_preferences(sources.validation)
+    validation = read_preferences(sources.validation, left_out)
     prompts = {pair.prompt for pair in validation}
     training = [pair for pair in everything if pair.prompt not in prompts]
     if not training:
@@ -95,12 +95,17 @@ def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
     return training, validation.pairs
 
 
-def pair_tokens(options: PairOptions, part: list, source: Any) -> Any:
+def pair_tokens(options: PairOptions, part: list, source: Any, left_out: list | None) -> Any:
     """Tokenised pairs. BadInput for a token outside the model's vocabulary."""
     from llmq_jax.data import check_vocabulary, tokenize_preferences
 
     found = tokenize_preferences(
-        part, source.tokenizer, template=options.template, context=options.context, too_long=options.too_long
+        part,
+        source.tokenizer,
+        template=options.template,
+        context=options.context,
+        too_long=options.too_long,
+        left_out=left_out,
     )
     for pair in found.pairs:
         for side in (pair.chosen, pair.rejected):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmq_jax.counts import counted
-from train.sources import Sources, held_out_apart
+from train.sources import Sources, held_out_apart, tell_left_out
 
 
 def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]:
@@ -15,6 +15,8 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
     from llmq_jax.data import check_vocabulary
     from llmq_jax.data.prompts import read_prompts
 
+    left_out = options.left_out()
+
     def read(path):
         found, dropped = read_prompts(
             path,
@@ -22,6 +24,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
             template=options.template,
             prompt_format=options.prompt_format,
             longest=options.max_prompt,
+            left_out=left_out,
         )
         if dropped:
             print(f"{path}: {counted(dropped, 'prompt')} longer than --max-prompt {options.max_prompt} left out")
@@ -30,6 +33,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
         return found
 
     training, validation = held_out_apart(options, sources, read, lambda prompt: prompt.text, "prompt")
+    tell_left_out(left_out)
     return training, validation[: options.validation_prompts]
 
 

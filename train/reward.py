@@ -40,7 +40,7 @@ from train.preferences import (
     pair_tokens,
     read_pairs,
 )
-from train.sources import sources_of
+from train.sources import sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, flops_of, learner_of, load_to_train
 
@@ -86,14 +86,16 @@ def main(options: Options) -> Any:
 
     # The pairs, some of them held out, and the model with a head that gives one number.
     sources = sources_of(options, record_files)
-    training, validation = read_pairs(options, sources)
+    left_out = options.left_out()
+    training, validation = read_pairs(options, sources, left_out)
     source = load_to_train(options)
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
         options = filled(options, split_seed=0)
     source, head = with_scalar_head(source, options.seed)
     config = source.config
-    learned, held_out = (examples(options, part, source) for part in (training, validation))
+    learned, held_out = (examples(options, part, source, left_out) for part in (training, validation))
+    tell_left_out(left_out)
 
     # Batches of pairs of similar length.
     size, longest = options.batch_size, options.context
@@ -176,11 +178,11 @@ def with_scalar_head(source: Any, seed: int) -> tuple[Any, str]:
     return source.replace(generation=source.generation.replace(pad_token_id=pad)), said
 
 
-def examples(options: Options, part: list, source: Any) -> Any:
+def examples(options: Options, part: list, source: Any, left_out: list | None) -> Any:
     """Tokenised pairs, up to the token at which their reward is read."""
     from llmq_jax.data import without_padding
 
-    found, pad = pair_tokens(options, part, source), source.generation.pad_token_id
+    found, pad = pair_tokens(options, part, source, left_out), source.generation.pad_token_id
     return dataclasses.replace(found, pairs=[without_padding(pair, pad) for pair in found.pairs])
 
 

@@ -1,14 +1,33 @@
 """Where a run's data are: at the paths of its options and, in a folder with several splits, in the files of each
 split; and which records are held out where there is no file of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.options import refuse_idle
+from llmq_jax.options import default_is, refuse_idle
 from train.options import split_of
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    bad_rows: Annotated[Literal["error", "drop"] | None, default_is("error")] = None
+    """What to do with rows that cannot be used, such as one with an empty answer: end with an error at the first, or
+    leave them out (drop) and tell how many there were, and what is wrong with the first."""
+
+    def left_out(self) -> list[BadInput] | None:
+        """A list for the errors of rows that are left out; None: there are none, the first ends the run."""
+        return [] if self.bad_rows == "drop" else None
+
+
+def tell_left_out(left_out: Sequence[BadInput] | None) -> None:
+    """Print how many rows were left out, and why the first was."""
+    if left_out:
+        print(f"{counted(len(left_out), 'row')} left out, which cannot be used; the first: {left_out[0]}")
+
 
 USES = {"train": "to learn", "validation": "held out", "test": "to test on"}
 """{split: what its files are for}"""

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmq_jax.data.bad_rows import usable
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.messages import (
     REASONING,
@@ -95,13 +96,13 @@ class Conversation:
         return text_of(prompt), text_of(answer)
 
 
-def read_conversations(path: DataPath) -> list[Conversation]:
+def read_conversations(path: DataPath, left_out: list[BadInput] | None = None) -> list[Conversation]:
     """The conversations of a file or folder of records (see `read_records`), all of one form.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and
-    an empty answer.
+    an empty answer; with a list `left_out` such rows are left out (see `usable`).
     """
-    conversations = [as_conversation(record) for record in read_records(path)]
+    conversations = list(usable(as_conversation, read_records(path), left_out))
     require_one_form(conversations)
     return conversations
 

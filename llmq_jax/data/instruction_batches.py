@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from llmq_jax.counts import counted
+from llmq_jax.data.bad_rows import usable
 from llmq_jax.data.batching import pack, packed_rows
 from llmq_jax.data.conversations import Conversation
 from llmq_jax.data.offsets import overlaps
@@ -81,11 +82,13 @@ def tokenize_conversations(
     context: int,
     train_on: TrainOn = "response",
     too_long: str = "truncate",
+    left_out: list[BadInput] | None = None,
 ) -> Examples:
     """Conversations, written by a template (see prompt_templates.py), as examples of at most `context` tokens.
 
     too_long: what becomes of a longer conversation. "truncate" keeps its beginning, "drop" leaves it out, "error" is
     BadInput, which names it. One that has nothing to learn left is dropped, too.
+    left_out: a list for the errors of conversations that the template refuses (see `usable`).
     Raises BadInput where nothing is left at all.
     """
     check_train_on(train_on)
@@ -93,15 +96,18 @@ def tokenize_conversations(
         raise BadInput(f'too_long must be "truncate", "drop" or "error", not {too_long!r}')
     if context < 2:
         raise BadInput(f"a context of {context} leaves nothing to learn: it needs at least 2 tokens")
-    examples: list[Example] = []
-    truncated = dropped = 0
-    for conversation in conversations:
+
+    def whole(conversation: Conversation) -> Example:
         if train_on == "all" and conversation.unlearned:
             raise BadInput(
                 f"{conversation.where} marks an answer as not to be learned (weight, train or loss), and --train-on "
                 "all learns it: leave out --train-on all, or remove the marks"
             )
-        example = tokenize(render(conversation, template, tokenizer.chat_template), tokenizer, train_on)
+        return tokenize(render(conversation, template, tokenizer.chat_template), tokenizer, train_on)
+
+    examples: list[Example] = []
+    truncated = dropped = 0
+    for example in usable(whole, conversations, left_out):
         length = len(example.tokens)
         if length > context:
             if too_long == "error":

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llmq_jax.counts import counted
+from llmq_jax.data.bad_rows import usable
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.records import Record, checked_text, is_blank, no_field, read_records
 from llmq_jax.data.splits import seeded_order
@@ -157,14 +158,20 @@ def read_labelled(
 
 
 def read_rows(
-    path: DataPath, text_field: str = "text", label_field: str = "label", columns: Sequence[str] | None = None
+    path: DataPath,
+    text_field: str = "text",
+    label_field: str = "label",
+    columns: Sequence[str] | None = None,
+    left_out: list[BadInput] | None = None,
 ) -> list[LabelledRow]:
-    """The rows of `read_labelled`, before the classes are numbered."""
+    """The rows of `read_labelled`, before the classes are numbered. With a list `left_out` rows without a text or a
+    label are left out (see `usable`)."""
+
+    def row(record: Record) -> LabelledRow:
+        return LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))
+
     records = read_records(path, columns, {text_field: "--text-field", label_field: "--label-field"})
-    return [
-        LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))
-        for record in records
-    ]
+    return list(usable(row, records, left_out))
 
 
 def class_names(rows: Sequence[LabelledRow], path: DataPath) -> tuple[str, ...]:

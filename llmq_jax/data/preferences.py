@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmq_jax.counts import counted
+from llmq_jax.data.bad_rows import usable
 from llmq_jax.data.conversations import LOST, Conversation, answer, require_one_form, with_form
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
@@ -111,14 +112,15 @@ class PreferenceExamples:
         return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
 
 
-def read_preferences(path: DataPath) -> Preferences:
+def read_preferences(path: DataPath, left_out: list[BadInput] | None = None) -> Preferences:
     """The pairs of a file or folder of records (see `read_records`), all of one form; those of equal answers are
     counted and left out.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or of the wrong
-    kind, an empty prompt or answer, a margin that is no number; and where no pair is left.
+    kind, an empty prompt or answer, a margin that is no number; and where no pair is left. With a list `left_out` such
+    rows are left out (see `usable`).
     """
-    pairs = [as_preference(record) for record in read_records(path)]
+    pairs = list(usable(as_preference, read_records(path), left_out))
     require_one_form([pair.chosen for pair in pairs])
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:
@@ -196,26 +198,31 @@ def tokenize_preferences(
     template: str,
     context: int,
     too_long: str = "truncate",
+    left_out: list[BadInput] | None = None,
 ) -> PreferenceExamples:
     """Pairs, written by a template (see prompt_templates.py), as examples of at most `context` tokens each.
 
     The response is what the assistant says after the prompt, with the end of turn or of text; `learned` marks it.
     too_long: what becomes of a pair with a longer answer. "truncate" keeps the beginning of both, "drop" leaves the
     pair out, "error" is BadInput, which names it. Pairs without a response on both sides, or without any difference
-    between the two, are dropped too. Raises BadInput where nothing is left at all.
+    between the two, are dropped too. left_out: a list for the errors of pairs that the template refuses (see `usable`).
+    Raises BadInput where nothing is left at all.
     """
     if too_long not in ("truncate", "drop", "error"):
         raise BadInput(f'too_long must be "truncate", "drop" or "error", not {too_long!r}')
     if context < 2:
         raise BadInput(f"a context of {context} leaves nothing to compare: it needs at least 2 tokens")
-    pairs: list[PreferenceExample] = []
-    truncated = dropped = 0
-    for preference in preferences:
+
+    def example(preference: Preference) -> PreferenceExample:
         chosen, rejected = (
             tokenize(render(side, template, tokenizer.chat_template), tokenizer)
             for side in (preference.chosen, preference.rejected)
         )
-        pair = PreferenceExample(chosen, rejected, preference.margin, preference.where)
+        return PreferenceExample(chosen, rejected, preference.margin, preference.where)
+
+    pairs: list[PreferenceExample] = []
+    truncated = dropped = 0
+    for pair in usable(example, preferences, left_out):
         is_long = len(pair) > context
         if is_long and too_long == "error":
             raise BadInput(
@@ -223,7 +230,7 @@ def tokenize_preferences(
                 "--context, or let such pairs be truncated or dropped (--too-long)"
             )
         if is_long:
-            pair = replace(pair, chosen=chosen.cut_to(context), rejected=rejected.cut_to(context))
+            pair = replace(pair, chosen=pair.chosen.cut_to(context), rejected=pair.rejected.cut_to(context))
         # The first token is no response: nothing stands before it.
         responses = all(side.learned[1:].any() for side in (pair.chosen, pair.rejected))
         differ = pair.chosen.tokens.tolist() != pair.rejected.tokens.tolist()

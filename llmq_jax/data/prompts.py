@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llmq_jax.data.bad_rows import usable
 from llmq_jax.data.conversations import LOST, Conversation
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.messages import message_list, refuse_answered, refuse_lost, template_variables, text_of
@@ -45,6 +46,7 @@ def read_prompts(
     template: str | None = None,
     prompt_format: str | None = None,
     longest: int | None = None,
+    left_out: list[BadInput] | None = None,
 ) -> tuple[list[Prompt], int]:
     """(the prompts of a file or folder of records, see `read_records`; how many were left out for more than `longest`
     tokens).
@@ -53,14 +55,15 @@ def read_prompts(
     None: chat for messages, and wherever the model has a chat template.
 
     Raises BadInput, which names the row, for a prompt that is missing, empty or of another kind, a `system` beside it,
-    which the model would not read, fields that differ between records, and where no prompt is short enough.
+    which the model would not read, fields that differ between records, and where no prompt is short enough. With a list
+    `left_out` rows without a prompt that can be used are left out (see `usable`).
     """
     if template is not None and template not in TEMPLATES:
         raise BadInput(f"unknown template {template!r} for prompts: choose from {', '.join(TEMPLATES)}")
     records = read_records(path)
     if prompt_format is not None:
         _check_format(prompt_format, records[0])
-    prompts = [_prompt(record, tokenizer, template, prompt_format) for record in records]
+    prompts = list(usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out))
     for other in prompts:
         if other.columns.keys() != prompts[0].columns.keys():
             raise BadInput(

@@ -1,7 +1,7 @@
 """Readers of records: rows of named fields from .csv, .tsv, .json, .jsonl and .parquet.
 
 The readers are strict: whatever is not as it should be raises BadInput with the file and the row, line or byte. A
-reader that skips bad rows trains on something else than the user believes.
+reader that skips bad rows unasked trains on something else than the user believes (`bad_rows.usable` is asked to).
 """
 
 import contextlib

@@ -1,0 +1,157 @@
+"""Rows that cannot be used: the first ends a recipe, or all are left out, and told (--bad-rows)."""
+
+import json
+
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.data import ByteTokenizer, read_conversations, read_prompts, tokenize_conversations
+from llmq_jax.data.bad_rows import usable
+from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.errors import BadInput
+from llmq_jax.language_model import LanguageModel
+from tests.programs import ended
+
+ALTERNATING = (
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def converse(*messages):
+    return {"messages": [*messages]}
+
+
+GOOD = [converse(user(f"Say {word}."), assistant(word)) for word in ("a", "b", "ab", "ba", "abc", "cab")]
+TWO_QUESTIONS = converse(user("Say a."), user("Say b."), assistant("ab"))
+PAIRS = [{"prompt": f"Say {word}.", "chosen": word, "rejected": f"not {word}"} for word in "abcdefgh"]
+TWICE_ASKED = {"prompt": [user("a"), user("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]}
+LISTED = [{**pair, "prompt": [user(pair["prompt"])]} for pair in PAIRS]
+ROWS = {
+    "instruct": [*GOOD[:3], converse(user("Say c."), assistant("")), *GOOD[3:], TWO_QUESTIONS],
+    "dpo": [*LISTED, {**LISTED[0], "chosen": ""}, TWICE_ASKED],
+    "reward": [*LISTED, {**LISTED[0], "chosen": ""}, TWICE_ASKED],
+    "grpo": [*({"prompt": [user(word)], "answer": word} for word in "abcdef"), {"prompt": "", "answer": "a"}],
+    "classifier": [*({"text": f"{label} {n}", "label": label} for label in "xy" for n in range(6)), {"text": " "}],
+}
+FIRST = {
+    "instruct": ("data.jsonl: line 4", "2 rows left out", "line 8"),
+    "dpo": ("data.jsonl: line 9", "2 rows left out", "line 10"),
+    "reward": ("data.jsonl: line 9", "2 rows left out", "line 10"),
+    "grpo": ("data.jsonl: line 7", "1 row left out", None),
+    "classifier": ("data.jsonl: line 13", "1 row left out", None),
+}
+"""{recipe: (the first bad row, how many there are, a row that the chat template refuses once all are read)}"""
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a tiny model "base" whose chat template wants roles to alternate."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = lq.GPT2Config(vocab_size=257, max_position_embeddings=128, **sizes)
+    tokenizer = ByteTokenizer().with_chat_template(ALTERNATING)
+    lq.save(LanguageModel(config, lq.build(config), lq.init(config, seed=0), tokenizer), "base")
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", ROWS)
+def test_each_recipe_ends_at_the_first_or_leaves_all_out(folder, capsys, at_first_step, recipe):
+    row, count, refused = FIRST[recipe]
+    data = folder / "data.jsonl"
+
+    def without(*lines):
+        return [each for number, each in enumerate(ROWS[recipe], 1) if f"line {number}" not in lines]
+
+    write(data, ROWS[recipe])
+    options = ["--data=data.jsonl", "--init-from=base", "--train=all", "--steps=2", "--batch-size=2"]
+    if recipe == "grpo":
+        options = [*options[:-1], "--prompts-per-step=2", "--group-size=2", "--max-new-tokens=4", "--reward=length:8"]
+
+    def run(out, *others):
+        code = ended(f"train.{recipe}", *options, f"--out={out}", *others)
+        return code, *capsys.readouterr()
+
+    for others in ((), ("--bad-rows=error",)):
+        code, _, err = run("run", *others)
+        assert code == 2 and err.startswith(f"error: {row}") and not (folder / "run").exists()
+        assert err.endswith("; or leave out such rows: --bad-rows drop\n")
+    if refused is not None:
+        write(data, without(row.split(": ")[1]))
+        _, _, err = run("run")
+        assert "roles must alternate" in err and err.endswith("; or leave out such rows: --bad-rows drop\n")
+        write(data, ROWS[recipe])
+    code, out, err = run("run", "--bad-rows=drop")
+    assert err == at_first_step
+    assert f"{count}, which cannot be used; the first: {row}" in out
+    assert json.loads((folder / "run" / "config.json").read_text())["bad_rows"] == "drop"
+
+    # The same rows are learned, and the same are held out, as if the first had never been there.
+    write(data, without(row.split(": ")[1]))
+    code, out, err = run("alone", "--bad-rows=drop")
+    assert err == at_first_step and ("cannot be used" in out) == (refused is not None)
+    digests = [json.loads((folder / name / "config.json").read_text())["training_sha256"] for name in ("run", "alone")]
+    assert digests[0] == digests[1]
+
+
+def test_no_row_at_all_can_be_used(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write(path, [converse(user("a"), assistant(""))] * 3)
+    with pytest.raises(BadInput, match=r"line 1.*is empty.*; none of the other rows can be used either$"):
+        read_conversations(path, [])
+    write(path, [converse(user("a"), assistant(""))])
+    with pytest.raises(BadInput, match=r"line 1.*is empty") as one:
+        read_conversations(path, [])
+    assert "other rows" not in str(one.value)
+    # Where all begin alike, leaving out what cannot be used is no advice.
+    with pytest.raises(BadInput, match=r"line 1") as first:
+        read_conversations(path)
+    assert "--bad-rows" not in str(first.value)
+
+
+def test_errors_are_listed_in_order_and_results_come_one_by_one():
+    def half(number):
+        if number % 2:
+            raise BadInput(f"{number} is odd")
+        return number // 2
+
+    left_out = []
+    assert list(usable(half, range(6), left_out)) == [0, 1, 2]
+    assert [str(error) for error in left_out] == ["1 is odd", "3 is odd", "5 is odd"]
+    halves = usable(half, range(6))
+    assert next(halves) == 0
+    with pytest.raises(BadInput, match="1 is odd; or leave out such rows: --bad-rows drop"):
+        next(halves)
+    assert list(usable(half, [])) == [] == list(usable(half, [], []))
+    with pytest.raises(TypeError):  # a fault of the program is none of the data's
+        list(usable(half, ["a"], []))
+
+
+def test_both_stages_fill_one_list(tmp_path):
+    write(tmp_path / "data.jsonl", ROWS["instruct"])
+    left_out = []
+    found = read_conversations(tmp_path / "data.jsonl", left_out)
+    tokenizer = ByteTokenizer().with_chat_template(ALTERNATING)
+    assert isinstance(tokenizer.chat_template, ChatTemplate)
+    options = {"template": "chat", "context": 64}
+    examples = tokenize_conversations(found, tokenizer, **options, left_out=left_out)
+    assert len(examples) == len(GOOD) and len(left_out) == 2
+    with pytest.raises(BadInput, match="tokens and the context 8"):  # of another option
+        tokenize_conversations(found, tokenizer, template="chat", context=8, too_long="error", left_out=left_out)
+    write(tmp_path / "data.jsonl", [*GOOD, TWO_QUESTIONS])
+    write(tmp_path / "prompts.jsonl", ROWS["grpo"])
+    prompts, longer = read_prompts(tmp_path / "prompts.jsonl", tokenizer, longest=64, left_out=(errors := []))
+    assert (len(prompts), longer, len(errors)) == (6, 0, 1)
