@@ -27,7 +27,7 @@ from llmq_jax.data.messages import (
     template_variables,
     text_of,
 )
-from llmq_jax.data.records import Record, is_blank, read_records
+from llmq_jax.data.records import Record, is_blank, read_each, read_records
 from llmq_jax.errors import BadInput
 
 FORMS = {
@@ -101,7 +101,7 @@ def read_conversations(path: DataPath) -> list[Conversation]:
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and
     an empty answer.
     """
-    conversations = [as_conversation(record) for record in read_records(path)]
+    conversations = read_each(read_records(path), as_conversation)
     require_one_form(conversations)
     return conversations
 

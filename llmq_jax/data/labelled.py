@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from llmq_jax.counts import counted
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.records import Record, checked_text, is_blank, no_field, read_records
+from llmq_jax.data.records import Record, checked_text, is_blank, no_field, read_each, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 
@@ -161,10 +161,11 @@ def read_rows(
 ) -> list[LabelledRow]:
     """The rows of `read_labelled`, before the classes are numbered."""
     records = read_records(path, columns, {text_field: "--text-field", label_field: "--label-field"})
-    return [
-        LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))
-        for record in records
-    ]
+
+    def row(record: Record) -> LabelledRow:
+        return LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))
+
+    return read_each(records, row)
 
 
 def class_names(rows: Sequence[LabelledRow], path: DataPath) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
 from llmq_jax.data.messages import Message, message_list, not_learned, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import render
-from llmq_jax.data.records import Record, read_records
+from llmq_jax.data.records import Record, read_each, read_records
 from llmq_jax.data.splits import split_documents
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
@@ -118,7 +118,7 @@ def read_preferences(path: DataPath) -> Preferences:
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or of the wrong
     kind, an empty prompt or answer, a margin that is no number; and where no pair is left.
     """
-    pairs = [as_preference(record) for record in read_records(path)]
+    pairs = read_each(read_records(path), as_preference)
     require_one_form([pair.chosen for pair in pairs])
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:

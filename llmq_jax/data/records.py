@@ -11,14 +11,16 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llmq_jax.counts import counted
 from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
+
+T = TypeVar("T")
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv")
@@ -61,6 +63,21 @@ def read_records(
     if not records:
         raise BadInput(f"{path} holds no record")
     return records
+
+
+def read_each(records: Iterable[Record], read: Callable[[Record], T]) -> list[T]:
+    """What `read` makes of each record. BadInput of the first that it refuses says how many others it refuses, too."""
+    found, first, others = [], None, 0
+    for record in records:
+        try:
+            found.append(read(record))
+        except BadInput as error:
+            others += first is not None
+            first = first or error
+    if first is None:
+        return found
+    said = f"; {counted(others, 'other record')} {'is' if others == 1 else 'are'} refused, too" if others else ""
+    raise BadInput(f"{first}{said}") from None
 
 
 def iterate_records(
