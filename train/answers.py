@@ -33,7 +33,6 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
 
     BadInput, before the run begins, where no instruction leaves room for an answer, unless it never asks one.
     """
-    from llmq_jax.data.bad_rows import usable
     from llmq_jax.data.conversations import as_conversation
     from llmq_jax.data.records import Record
     from llmq_jax.generation import Sampler, generate
@@ -43,8 +42,16 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
     if options.sample_prompt is not None:
         record = Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."})
         held_out = [as_conversation(record)]
-    # Those that the template refuses have been told of before.
-    prompts = usable(lambda asked: (prompt_tokens(asked, options, lm.tokenizer), asked), held_out, [])
+
+    def prompt_of(asked: Any) -> list[int]:
+        try:
+            return prompt_tokens(asked, options, lm.tokenizer)
+        except BadInput:
+            if options.sample_prompt is not None:
+                raise
+            return []  # one of --bad-rows drop, which is told of
+
+    prompts = ((prompt_of(conversation), conversation) for conversation in held_out)
     prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
     if prompt is None and options.sample_every != 0:
         which = "--sample-prompt" if options.sample_prompt is not None else "every conversation"

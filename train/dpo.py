@@ -159,10 +159,12 @@ def main(options: Options) -> Any:
         path = folder.path / REFERENCE_FILE
         if first() and not folder.resumed:
             path.unlink(missing_ok=True)
-        found, asked = reference_logprobs(options, reference, digest, learning, parts, path)
+        size, longest = options.batch_size, options.context
+        learning_order = PreferenceBatches(learned.pairs, size, longest, options.seed)
+        places = {"training": learning_order.rows_within(options.steps), "validation": range(len(held_out))}
+        found, asked = reference_logprobs(options, reference, digest, learning, parts, places, path)
         del reference  # a second model, or whole copies of layers that were cut in two
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
-        size, longest = options.batch_size, options.context
         batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"], **row_share())
 
         def held_out_batches(count):
@@ -228,12 +230,18 @@ def has_learned(folder: Path) -> bool:
 
 
 def reference_logprobs(
-    options: Options, reference: Any, digest: str | None, learning: bool, parts: dict[str, Any], path: Path
+    options: Options,
+    reference: Any,
+    digest: str | None,
+    learning: bool,
+    parts: dict[str, Any],
+    places: dict[str, Sequence[int]],
+    path: Path,
 ) -> tuple[dict[str, Any], str | None]:
     """({part: float32 [N, 2]}, digest of the reference that they are of, None where an older version saved them):
-    log-probabilities under the reference of both answers of each of its pairs. They are read from `path` where an
-    earlier start has saved them, if the run has learned from them (`learning`) or the reference is still the same by
-    its `digest`."""
+    log-probabilities under the reference of both answers of a part's pairs at these `places`, those that the run comes
+    to; NaN of others. They are read from `path` where an earlier start has saved them, if the run has learned from them
+    (`learning`) or the reference is still the same by its `digest`."""
     import numpy as np
 
     from llmq_jax.atomic_files import write_atomically
@@ -252,9 +260,11 @@ def reference_logprobs(
             print(f"{name} holds other weights than when this run began; {what}", flush=True)
         if learning or digest == saved:
             return found, saved
-    began, count = time.monotonic(), sum(len(part) for part in parts.values())
+    began, count = time.monotonic(), sum(map(len, places.values()))
     print(f"asking the reference for both answers of {counted(count, 'pair')}", flush=True)
-    found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
+    found = {name: np.full((len(part), 2), np.nan, np.float32) for name, part in parts.items()}
+    for name, part in parts.items():
+        found[name][places[name]] = logprobs_of(reference, [part.pairs[place] for place in places[name]], options)
     print(f"asked in {time.monotonic() - began:.0f} s", flush=True)
     if first():
         np.savez(file := io.BytesIO(), **found, **{DIGEST: np.array(digest)})

@@ -1,8 +1,9 @@
-"""What becomes of rows of data that cannot be used: the first one ends the reading, or all are left out and listed."""
+"""What becomes of rows of data that cannot be used: they end the reading, or are left out and listed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 
 Row = TypeVar("Row")
@@ -11,24 +12,22 @@ Result = TypeVar("Result")
 
 def usable(
     convert: Callable[[Row], Result], rows: Iterable[Row], left_out: list[BadInput] | None = None
-) -> Iterator[Result]:
-    """`convert(row)` of each row that can be used.
+) -> list[Result]:
+    """[convert(row)] of the rows that can be used.
 
-    Raises the BadInput of the first row for which `convert` does. With a list `left_out` that error is added to it
-    instead and the row left out; BadInput then only where no row can be used.
+    Raises the BadInput of the first row for which `convert` does, with the number of the others. With a list `left_out`
+    these errors are added to it and the rows left out; BadInput then only where no row can be used.
     """
-    used, faults = 0, []
+    used, faults = [], []
     for row in rows:
         try:
-            result = convert(row)
+            used.append(convert(row))
         except BadInput as fault:
-            if left_out is None:
-                raise BadInput(f"{fault}; or leave out such rows: --bad-rows drop") if used else fault from None
             faults.append(fault)
-        else:
-            used += 1
-            yield result
-    if faults and not used:
-        raise BadInput(f"{faults[0]}; none of the other rows can be used either" if faults[1:] else str(faults[0]))
+    if faults and (left_out is None or not used):
+        others = counted(len(faults) - 1, "other row")
+        message = f"{faults[0]}; {others} cannot be used either" if len(faults) > 1 else str(faults[0])
+        raise BadInput(f"{message}; --bad-rows drop leaves such rows out" if used else message)
     if left_out is not None:
         left_out.extend(faults)
+    return used

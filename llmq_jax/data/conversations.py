@@ -102,7 +102,7 @@ def read_conversations(path: DataPath, left_out: list[BadInput] | None = None) -
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and
     an empty answer; with a list `left_out` such rows are left out (see `usable`).
     """
-    conversations = list(usable(as_conversation, read_records(path), left_out))
+    conversations = usable(as_conversation, read_records(path), left_out)
     require_one_form(conversations)
     return conversations
 

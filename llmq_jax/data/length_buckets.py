@@ -99,6 +99,10 @@ class BatchesByLength(ABC):
         epoch, place = divmod(index, self.per_epoch)
         return self._epoch(epoch)[place]
 
+    def rows_within(self, count: int) -> list[int]:
+        """The numbers of the rows that the first `count` batches hold, in order: from an epoch on, all."""
+        return sorted({row for index in range(min(count, self.per_epoch)) for row in self._indices(index)})
+
     @property
     def per_epoch(self) -> int:
         """Batches in an epoch."""

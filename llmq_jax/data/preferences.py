@@ -120,7 +120,7 @@ def read_preferences(path: DataPath, left_out: list[BadInput] | None = None) -> 
     kind, an empty prompt or answer, a margin that is no number; and where no pair is left. With a list `left_out` such
     rows are left out (see `usable`).
     """
-    pairs = list(usable(as_preference, read_records(path), left_out))
+    pairs = usable(as_preference, read_records(path), left_out)
     require_one_form([pair.chosen for pair in pairs])
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:

@@ -63,7 +63,7 @@ def read_prompts(
     records = read_records(path)
     if prompt_format is not None:
         _check_format(prompt_format, records[0])
-    prompts = list(usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out))
+    prompts = usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out)
     for other in prompts:
         if other.columns.keys() != prompts[0].columns.keys():
             raise BadInput(

@@ -300,7 +300,7 @@ def test_default_template(tmp_path):
 BAD = [
     (
         {"question": "x", "reply": "y"},
-        r"is no conversation \(fields found: question, reply\): it needs .*; or prompt, c.*; or question, answer; or",
+        r"is no conversation \(fields found: question, reply\): it needs .*; or prompt, c.*; or question, answer; --",
     ),
     ({"question": "x", "answer": None}, r"is no conversation \(fields found: question; null: answer\)"),
     ({"question": "x", "answer": 2}, r"field 'answer' must be a string, not a number"),

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmq_jax.data import Record, read_records
+from llmq_jax.data import Record, read_conversations, read_labelled, read_preferences, read_records
 from llmq_jax.data.records import iterate_records
 from llmq_jax.errors import BadInput
 
@@ -230,3 +230,26 @@ def test_any_text_without_tabs_and_line_breaks_survives_tsv(tmp_path):
     texts = ["x" + "".join(draw.choices(pieces, k=draw.randint(0, 8))) for _ in range(300)]
     path = write(tmp_path / "a.tsv", "".join(f"{text}\t{text}\n" for text in texts))
     assert [record.fields["b"] for record in read_records(path, ["a", "b"])] == texts
+
+
+@pytest.mark.parametrize(
+    ("read", "good", "bad"),
+    [
+        (read_conversations, {"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}),
+        (read_preferences, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}),
+        (read_labelled, {"text": "a", "label": "b"}, {"text": " ", "label": "c"}),
+    ],
+)
+def test_it_is_said_how_many_records_are_refused(tmp_path, read, good, bad):
+    """Alpaca's 52,002 have 28 without an output: to be told of one at a time is no way to clean a file."""
+    path = tmp_path / "data.jsonl"
+    drop = "; --bad-rows drop leaves such rows out"
+    for count, said in (
+        (1, ""),
+        (2, "; 1 other row cannot be used either"),
+        (3, "; 2 other rows cannot be used either"),
+    ):
+        path.write_text("".join(json.dumps(record) + "\n" for record in (good, *[bad, good] * count)))
+        with pytest.raises(BadInput, match=r"data\.jsonl: line 2") as error:
+            read(path)
+        assert str(error.value).endswith(said + drop) and ("either" in str(error.value)) == bool(said)

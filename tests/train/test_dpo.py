@@ -145,6 +145,21 @@ def test_the_reference_attends_as_the_policy(dpo, files, monkeypatch):
     assert code == 0 and "begun anew" in output and "asking the reference" in output
 
 
+def test_the_reference_is_asked_for_no_pair_that_the_run_does_not_reach(dpo):
+    """A first look at a large file, by few --steps, does not wait for all of it."""
+    quick = ("--sample-every=0", "--evaluate-every=0", "--lora-rank=2")
+    code, output, _ = dpo("--steps=2", *quick)  # of 3 an epoch
+    some = dict(np.load("run/reference_logprobs.npz"))
+    asked = np.isfinite(some["training"]).all(axis=1).sum()
+    assert some["training"].shape == (11, 2) and asked in (7, 8)  # one of the batches of 4 has 3
+    assert code == 0 and f"asking the reference for both answers of {asked + 1} pairs\n" in output
+    assert dpo("--steps=4", *quick, "--out=all")[0] == 0
+    every = dict(np.load("all/reference_logprobs.npz"))
+    there = np.isfinite(some["training"])
+    np.testing.assert_allclose(some["training"][there], every["training"][there], rtol=1e-5)
+    assert np.isfinite(every["training"]).all() and np.isfinite(some["validation"]).all()
+
+
 def test_the_distance_to_a_reference_of_a_shorter_context(dpo, tmp_path, monkeypatch):
     """Only prompts that leave room for an answer in both contexts are asked, and no more of them rendered than that."""
     from train import dpo as recipe
