@@ -19,30 +19,30 @@ Each row compares several implementations, its sides. Every side runs in a proce
 wait in a blocking read. A round gives each side one turn, after a run that is not counted; each row says how many
 rounds there were, when and on which machine. Times are medians over the rounds. Ratios are medians of the rounds'
 ratios, with the least and the greatest in brackets; above 1 we are faster. Weights and batches are the same on all
-sides (exported through `lq.interop.to_state_dict`); where losses or tokens disagree, a row ends in an error.
+sides (exported through `lq.interop.to_state_dict`); if losses or tokens disagree, a row ends in an error.
 
-All sides compute in float32 and without dropout. In a row in bfloat16 PyTorch has autocast, which keeps the residual
-stream in float32; ours is in bfloat16. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training
-loop sets the C allocator to keep freed memory, in large pages (`training/host_memory.py`). What that would do for
-PyTorch is shown in the rows "our allocator", against which no target is measured. Training goes through
-`lq.training.make_train_step` with `scan_layers=False`; "ours, scanned" has `scan_layers=True`, with which adapters
-train as fast. Peak memory is that of the whole process, libraries included. Temporary memory is what our compiled
-program allocates beside its arguments and results. *compile* is the time that the first run took beyond a later one,
-without any cache. Starts are those of whole processes: *cold* with an empty compilation cache, *cached* with JAX's
-persistent cache, which our commands keep, filled by an earlier start.
+All sides compute in float32 and without dropout, except for a row in bfloat16: there PyTorch uses autocast, which keeps
+the residual stream in float32, and ours is in bfloat16. PyTorch uses fused AdamW and fused attention, and its defaults
+otherwise. Our training loop sets the C allocator to keep freed memory, in large pages (`training/host_memory.py`). The
+sides "our allocator" show what that does for PyTorch; no target is measured against them. Training goes through
+`lq.training.make_train_step` with `scan_layers=False`; "ours, scanned" has `scan_layers=True`, and so have the rows
+with adapters, which train as fast with either. Peak memory is that of the whole process, libraries included. Temporary
+memory is what our compiled program allocates in addition to its arguments and results. *compile* is the time that the
+first run took beyond a later one, without any cache. Starts are those of whole processes: *cold* with an empty
+compilation cache, *cached* with JAX's persistent cache, which our commands keep, filled by an earlier start.
 
 The roofline of a row is the time that its own matrix products take alone. Each product is timed in the same rounds,
 with the shape and the order of axes that it has in our program, in JAX and in PyTorch; the faster of the two counts.
-The share says how near our whole program comes to the roofline. In rows with experts, the products are batched, as if
-every expert had equally many tokens; the sides "exact" run these products alone, without bringing tokens to their
-experts. The sides `plain torch` are models written by hand (`bench/plain_gpt.py`, `bench/plain_llama.py`), the stronger
+The share says how close our whole program comes to the roofline. In rows with experts, the products are batched, as if
+every expert had the same number of tokens; the sides "exact" run these products alone, without bringing tokens to their
+experts. The sides "plain torch" are models written by hand (`bench/plain_gpt.py`, `bench/plain_llama.py`), the stronger
 peer on a CPU.
 
 Processors of the same name may differ, and the rates in the roofline's line tell them apart. On family 26, model 2
 (`llmq env` shows it), JAX's products run at 270 to 420 GFLOP/s, and PyTorch's at about 200. On family 25, model 17,
-both run at 150 to 190, and whatever is bound by products is hardly faster with one than with the other: there
+both run at 150 to 190, and whatever is limited by products is hardly faster on one side than on the other: there
 mixtral-step-1024 measured 0.91, deepseek-step-1024 0.83, smollm2-lora-step-512 1.05, smollm2-generate-8 1.81, and 64
-experts took 1.41 times as long as 8. On an Intel processor of family 6, model 167, whose PyTorch is the faster one,
+experts took 1.41 times as long as 8. On an Intel processor of family 6, model 167, where PyTorch's products are faster,
 smollm2-bfloat16-step-2048 measured 0.80, mixtral-step-1024 0.79, smollm2-generate-1 1.36 and smollm2-generate-8 1.22.
 """
 

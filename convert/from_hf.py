@@ -15,11 +15,11 @@ class Options:
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
     overwrite: Flag = False
-    """Replace the target where it is what an earlier conversion wrote."""
+    """Replace the target if an earlier conversion wrote it."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to store the weights in."""
     layout: str = "hf"
-    """Whose names the weights bear: hf (transformers), original; for GPT-2 also book (LLMs-from-scratch), nanogpt."""
+    """Whose names the weights have: hf (transformers), original; for GPT-2 also book (LLMs-from-scratch), nanogpt."""
     num_attention_heads: Annotated[int | None, default_is("that of config.json")] = None
     """Number of heads, for weights without a config.json: their shapes tell most of the rest."""
     config: Annotated[tuple[str, ...], default_is("what shapes tell", metavar="FIELD=VALUE ...")] = ()

@@ -22,7 +22,7 @@ class Options:
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the checkpoint")] = None
     """Type to write the weights in."""
     overwrite: Flag = False
-    """Replace the target where it is an earlier export."""
+    """Replace the target if it is an earlier export."""
 
 
 def main(options: Options) -> None:

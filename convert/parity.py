@@ -2,8 +2,7 @@
 
 The same tokens go through transformers (eager attention, float32, on the CPU) and through this project. Shown are the
 largest differences of hidden states, logits, loss and the gradient of every parameter, and the first place above the
-tolerance in the order of computation that rounding does not explain. Exit code 0 where there is none, 1 where there is
-one.
+tolerance, in the order of computation, that rounding does not explain. Exit code 1 if there is one, else 0.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ class Options:
     max_shard_size: Annotated[str | None, default_is("5GB")] = None
     """Split larger weights into files of at most this size."""
     overwrite: Flag = False
-    """Replace the target where it is an earlier export."""
+    """Replace the target if it is an earlier export."""
     adapter: Flag = False
     """Write the model's adapters alone, as a folder for PEFT; without this they are merged into the weights."""
     base: Annotated[str | None, default_is("what the run began with")] = None

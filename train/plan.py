@@ -1,4 +1,4 @@
-"""Plan a run on many devices: what each must hold and send, and what to change where that is too much.
+"""Plan a run on many devices: what each must hold and send, and what to change if that is too much.
 
     python -m train.plan --preset llama3.1-8b --mesh fsdp=8 --context 4096 --dtype bfloat16
     python -m train.plan --preset deepseek-v3 --mesh fsdp=32,tensor=8,expert=8 --context 4096 --remat full

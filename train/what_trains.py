@@ -42,8 +42,8 @@ class TuningOptions:
     lora_tied: Flag = False
     """Let all matrices share TinyLoRA's numbers."""
     lora_whole: Annotated[str | None, default_is("none")] = None
-    """What trains whole beside the adapters, as new tokens need: token_embedding, lm_head, or both with a comma; or
-    transformers' names, such as embed_tokens."""
+    """Matrices that train whole beside the adapters, which new tokens need: token_embedding, lm_head, or both,
+    separated by a comma; or transformers' names, such as embed_tokens."""
     base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None
     """Type of the frozen weights beside the adapters: bfloat16 takes half the memory."""
 

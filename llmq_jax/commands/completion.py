@@ -1,4 +1,4 @@
-"""Print the script by which a shell completes commands, options and files.
+"""Print the script with which a shell completes commands, options and files.
 
 Put one of these lines into the file that the shell reads when it starts:
 

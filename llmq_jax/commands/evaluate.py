@@ -1,4 +1,4 @@
-"""Measure the perplexity of any model on any text, or how well it does the tasks of the evaluation harness.
+"""Measure the perplexity of any model on any text, or its results on tasks of the evaluation harness.
 
     llmq evaluate runs/mine other.txt
     llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install -e '.[eval]'
