@@ -59,6 +59,7 @@ NULL_DROPOUT = {"attention_dropout": 0.0}
 FIXED: dict[str, Any] = {
     "chain_hidden_post_norm": None,
     "cross_attention_hidden_size": None,
+    "is_causal": True,
     "is_encoder_decoder": False,
     "logits_mup_width_multiplier": None,
     "mtp_hidden_states_first": False,

@@ -24,8 +24,10 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_fields(config: MinistralConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and kinds of layers written out."""
-    return llama3.write_sizes(config, values | {"layer_types": list(config.layer_kinds)})
+    """Sizes and kinds of layers written out, and a window, without which transformers' model fails even where no layer
+    is local."""
+    window = config.sliding_window or MinistralConfig.sliding_window
+    return llama3.write_sizes(config, values | {"layer_types": list(config.layer_kinds), "sliding_window": window})
 
 
 CONFIG = ConfigTable(

@@ -84,6 +84,7 @@ def test_our_names_are_read_too():
         ("scale_attn_weights", None),  # null is false
         ("scale_attn_by_inverse_layer_idx", True),
         ("add_cross_attention", True),
+        ("is_causal", False),  # as in models that embed texts
         ("is_encoder_decoder", True),
         ("pruned_heads", {"0": [1]}),
         ("per_layer_config", {"1": {"layer_norm_epsilon": 0.5}}),

@@ -122,3 +122,12 @@ def test_exported_models_are_those_of_transformers(config_class, tmp_path):
     back = load(tmp_path / "theirs")
     assert back.config == ours
     np.testing.assert_allclose(back.logits(tokens), their_logits(model, tokens), rtol=0, atol=10 * LOGITS)
+
+
+def test_a_ministral_without_local_layers_is_exported_with_a_window():
+    """transformers' model makes the mask of local layers even where there are none, and fails without a window."""
+    ours = MinistralConfig(**SIZES, sliding_window=None)
+    theirs = config_of_transformers(ours)
+    model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").eval()
+    assert np.isfinite(their_logits(model, np.arange(40)[None])).all()
+    assert config_from_hf(theirs.to_dict()) == ours
