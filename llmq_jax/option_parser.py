@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -97,6 +98,7 @@ def parse(options: type, arguments: list[str], program: str, default: Any) -> An
     return options(**{name: at_home(name, value) for name, value in given.items()})
 
 
+@functools.cache  # it reads the classes' source, which takes longer than the arguments: tests run hundreds of commands
 def _in_groups(options: type) -> type:
     """A dataclass of dataclasses, one for the options that each class declares: tyro shows each in a box of its own.
     The box of `LoggingOptions` is headed "logging options", that of the command's own class "options".
@@ -120,7 +122,8 @@ def _in_groups(options: type) -> type:
     boxes: list[tuple[str, Any]] = []
     for name, fields in groups.items():
         box = dataclasses.make_dataclass(name or "options", fields, frozen=True)
-        boxes.append((box.__name__, typing.Annotated[box, tyro.conf.arg(name=name.replace("_", " "))]))
+        # help="": for a box without, tyro would look through the source of a module that does not have the class.
+        boxes.append((box.__name__, typing.Annotated[box, tyro.conf.arg(name=name.replace("_", " "), help="")]))
     return dataclasses.make_dataclass(options.__name__, boxes, frozen=True)
 
 

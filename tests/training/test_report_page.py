@@ -45,7 +45,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "my run"
-    tiny_run.run(folder)
+    tiny_run.run(folder, drawn=True)
     samples = SamplesFile(folder / "samples.txt")
     samples.write(20, HOSTILE)
     samples.close()
