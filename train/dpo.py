@@ -357,11 +357,11 @@ def distance(options: Options, policy: Any, reference: Any, digest: str | None, 
         def of_rows(variables, tokens, mask, lengths):
             return replicated(sequence_logprobs(model, variables, tokens, mask, lengths=lengths))
 
-        return np.array(of_rows(lm.variables, tokens, mask, lengths))
+        return to_host(of_rows(lm.variables, tokens, mask, lengths))
 
     ratios = logprobs(policy) - logprobs(reference)
     return (
-        f"KL to the reference on {len(rows)} sampled answers: {ratios.mean():.3f} nats an answer, "
+        f"KL to the reference on {counted(len(rows), 'sampled answer')}: {ratios.mean():.3f} nats an answer, "
         f"{ratios.sum() / drawn.lengths.sum():.4f} a token"
     )
 

@@ -40,7 +40,7 @@ from train.options import (
 )
 from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, scorer_of
-from train.sources import RowOptions, one_split, sources_of
+from train.sources import FieldOptions, RowOptions, one_split, sources_of
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
 
@@ -163,7 +163,14 @@ class JudgeOptions:
 
 @dataclass(frozen=True)
 class Options(
-    FineTuningOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, RowOptions, DataAndModelOptions
+    FineTuningOptions,
+    TuningOptions,
+    JudgeOptions,
+    AlgorithmOptions,
+    RewardOptions,
+    RowOptions,
+    FieldOptions,
+    DataAndModelOptions,
 ):
     # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
@@ -331,6 +338,7 @@ def check(options: Options) -> None:
     from llmq_jax.generation import Sampler
     from llmq_jax.objectives.grpo import LossOptions
 
+    options.field_names()
     counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
     check_ranges(
         options,

@@ -8,8 +8,8 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, refuse_idle
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, split_of
-from train.sources import RowOptions, Sources
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, check_ranges, split_of
+from train.sources import FieldOptions, RowOptions, Sources
 from train.what_trains import check_what_trains
 
 EPOCHS = 1.0
@@ -64,15 +64,16 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class PairOptions(TemplateOptions, RowOptions, DataAndModelOptions):  # fields are collected from right to left
-    pass
+class PairOptions(TemplateOptions, RowOptions, FieldOptions, DataAndModelOptions):
+    pass  # fields are collected from right to left
 
 
-def check_preference_options(options: RecipeOptions) -> None:
+def check_preference_options(options: Any) -> None:
     """BadInput for options that cannot be, or would have no effect."""
     check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))
     check_what_trains(options)
     check_chat_template(options)
+    options.field_names()
     refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])
 
 
@@ -80,12 +81,12 @@ def read_pairs(options: PairOptions, sources: Sources, left_out: list | None) ->
     """(training, validation) pairs; prints what was found. No prompt is in both."""
     from llmq_jax.data import read_preferences, split_preferences
 
-    everything = read_preferences(sources.training, left_out)
+    everything = read_preferences(sources.training, left_out, options.field_names())
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
     print(f"{counted(len(everything), 'pair')} in {sources.training}{equal}")
     if not sources.validation:
         return split_preferences(everything.pairs, *split_of(options))
-    validation = read_preferences(sources.validation, left_out)
+    validation = read_preferences(sources.validation, left_out, options.field_names())
     prompts = {pair.prompt for pair in validation}
     training = [pair for pair in everything if pair.prompt not in prompts]
     if not training:

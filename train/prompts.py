@@ -25,6 +25,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
             prompt_format=options.prompt_format,
             longest=options.max_prompt,
             left_out=left_out,
+            fields=options.field_names(),
         )
         if dropped:
             print(f"{path}: {counted(dropped, 'prompt')} longer than --max-prompt {options.max_prompt} left out")

@@ -23,6 +23,26 @@ class RowOptions:
         return [] if self.bad_rows == "drop" else None
 
 
+@dataclass(frozen=True)
+class FieldOptions:
+    fields: Annotated[str | None, default_is("as --data says")] = None
+    """What fields are called in the files, where that is not as --data says: instruction=problem,output=solution."""
+
+    def field_names(self) -> dict[str, str] | None:
+        """{our name: its name in the files}. BadInput for what is no pair of names, or has a name twice."""
+        if self.fields is None:
+            return None
+        pairs = [tuple(name.strip() for name in part.split("=")) for part in self.fields.split(",")]
+        if not all(len(pair) == 2 and all(pair) for pair in pairs):
+            raise BadInput(
+                f"--fields is {self.fields!r} and must be pairs of names: instruction=problem,output=solution"
+            )
+        for names in zip(*pairs, strict=True):
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise BadInput(f"--fields {self.fields} names {twice!r} twice; give each field one name")
+        return dict(pairs)
+
+
 def tell_left_out(left_out: Sequence[BadInput] | None) -> None:
     """Print how many rows were left out, and why the first was."""
     if left_out:

@@ -28,7 +28,7 @@ from llmq_jax.data.messages import (
     template_variables,
     text_of,
 )
-from llmq_jax.data.records import Record, is_blank, read_records
+from llmq_jax.data.records import Record, is_blank, read_records, renamed
 from llmq_jax.errors import BadInput
 
 FORMS = {
@@ -96,13 +96,16 @@ class Conversation:
         return text_of(prompt), text_of(answer)
 
 
-def read_conversations(path: DataPath, left_out: list[BadInput] | None = None) -> list[Conversation]:
+def read_conversations(
+    path: DataPath, left_out: list[BadInput] | None = None, fields: Mapping[str, str] | None = None
+) -> list[Conversation]:
     """The conversations of a file or folder of records (see `read_records`), all of one form.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and
-    an empty answer; with a list `left_out` such rows are left out (see `usable`).
+    an empty answer; with a list `left_out` such rows are left out (see `usable`). `fields` are other names in the file:
+    {"output": "response"}.
     """
-    conversations = usable(as_conversation, read_records(path), left_out)
+    conversations = usable(as_conversation, renamed(read_records(path), fields), left_out)
     require_one_form(conversations)
     return conversations
 
@@ -151,7 +154,10 @@ def with_form(record: Record, forms: Mapping[str, Sequence[str]], what: str) -> 
         nulls = [name for name in record.fields if name not in fields]
         names = (", ".join(fields) or "none") + (f"; null: {', '.join(nulls)}" if nulls else "")
         wanted = "; or ".join(", ".join(needed) for needed in forms.values())
-        raise BadInput(f"{record.where} is no {what} (fields found: {names}): it needs the fields {wanted}")
+        raise BadInput(
+            f"{record.where} is no {what} (fields found: {names}): it needs the fields {wanted}; --fields says "
+            "what they are called in the file, as in output=response"
+        )
     return Record(record.where, fields), form
 
 

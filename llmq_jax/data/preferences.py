@@ -16,7 +16,7 @@ alike, and these become text and tokens as conversations do: see prompt_template
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
 from llmq_jax.data.messages import Message, message_list, not_learned, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import render
-from llmq_jax.data.records import Record, read_records
+from llmq_jax.data.records import Record, read_records, renamed
 from llmq_jax.data.splits import split_documents
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
@@ -112,15 +112,17 @@ class PreferenceExamples:
         return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
 
 
-def read_preferences(path: DataPath, left_out: list[BadInput] | None = None) -> Preferences:
+def read_preferences(
+    path: DataPath, left_out: list[BadInput] | None = None, fields: Mapping[str, str] | None = None
+) -> Preferences:
     """The pairs of a file or folder of records (see `read_records`), all of one form; those of equal answers are
     counted and left out.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or of the wrong
     kind, an empty prompt or answer, a margin that is no number; and where no pair is left. With a list `left_out` such
-    rows are left out (see `usable`).
+    rows are left out (see `usable`). `fields` are other names in the file: {"prompt": "question"}.
     """
-    pairs = usable(as_preference, read_records(path), left_out)
+    pairs = usable(as_preference, renamed(read_records(path), fields), left_out)
     require_one_form([pair.chosen for pair in pairs])
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:

@@ -7,7 +7,7 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 
 import functools
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmq_jax.data.conversations import LOST, Conversation
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.messages import message_list, refuse_answered, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import prompt_text
-from llmq_jax.data.records import Record, checked_text, no_field, read_records
+from llmq_jax.data.records import Record, checked_text, no_field, read_records, renamed
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
@@ -47,6 +47,7 @@ def read_prompts(
     prompt_format: str | None = None,
     longest: int | None = None,
     left_out: list[BadInput] | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> tuple[list[Prompt], int]:
     """(the prompts of a file or folder of records, see `read_records`; how many were left out for more than `longest`
     tokens).
@@ -56,11 +57,12 @@ def read_prompts(
 
     Raises BadInput, which names the row, for a prompt that is missing, empty or of another kind, a `system` beside it,
     which the model would not read, fields that differ between records, and where no prompt is short enough. With a list
-    `left_out` rows without a prompt that can be used are left out (see `usable`).
+    `left_out` rows without a prompt that can be used are left out (see `usable`). `fields` are other names in the file:
+    {"answer": "solution"}.
     """
     if template is not None and template not in TEMPLATES:
         raise BadInput(f"unknown template {template!r} for prompts: choose from {', '.join(TEMPLATES)}")
-    records = read_records(path)
+    records = renamed(read_records(path), fields)
     if prompt_format is not None:
         _check_format(prompt_format, records[0])
     prompts = usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out)

@@ -63,6 +63,22 @@ def read_records(
     return records
 
 
+def renamed(records: Sequence[Record], names: Mapping[str, str] | None) -> Sequence[Record]:
+    """The records with fields renamed: {"output": "response"} makes "output" of the field "response", in the place of
+    any field of that name. BadInput: no record has such a field."""
+    if not names:
+        return records
+    for theirs in names.values():
+        if not any(theirs in record.fields for record in records):
+            raise BadInput(no_field(records[0].where, theirs, records[0].fields, "--fields"))
+
+    def fields(record: Record) -> dict[str, Any]:
+        others = {name: value for name, value in record.fields.items() if name not in names.values()}
+        return others | {ours: record.fields[theirs] for ours, theirs in names.items() if theirs in record.fields}
+
+    return [record._replace(fields=fields(record)) for record in records]
+
+
 def iterate_records(
     path: DataPath,
     columns: Sequence[str] | None = None,

@@ -84,8 +84,8 @@ def test_what_is_preferred_becomes_likelier(dpo, tmp_path, drawn):
     assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "grad_norm"} <= last.keys()
     held_out = [record for record in records if "validation_loss" in record][-1]
     assert held_out["validation_rewards/accuracies"] == 1.0
-    assert "KL to the reference on" in output
-    assert float(output.split("sampled answers: ")[1].split()[0]) != 0  # of either sign: an estimate by few answers
+    assert "KL to the reference on 1 sampled answer: " in output
+    assert float(output.split("sampled answer: ")[1].split()[0]) != 0  # of either sign: an estimate by few answers
     assert lq.load(tmp_path / "run").tokenizer is not None
 
 
@@ -254,8 +254,8 @@ def test_a_part_may_train(dpo, tmp_path, files, monkeypatch, model, part):
     policy, reference = lq.load(tmp_path / "run"), lq.load(files[model])
     for name, tree in reference.variables.items():
         jax.tree.map(np.testing.assert_array_equal, asked[0][name], tree)
-    assert "KL to the reference on 1 sampled answers" in output
-    told = float(output.split("sampled answers: ")[1].split()[0])
+    assert "KL to the reference on 1 sampled answer: " in output
+    told = float(output.split("sampled answer: ")[1].split()[0])
     assert told != 0
     below = [jax.tree.map(lambda leaf: leaf[0], lm.params["group_0"]) for lm in (policy, reference)]
     jax.tree.map(np.testing.assert_array_equal, *below)
