@@ -134,6 +134,16 @@ def test_old_pairs_of_a_judged_reward_model_are_left_out_too(folder, capsys, at_
     assert "2 rows left out, which cannot be used; the first: old.jsonl: line 9" in out
 
 
+def test_a_run_goes_on_with_another_choice_for_the_same_rows(folder, capsys, at_first_step):
+    """What is learned is compared by its digest."""
+    write(folder / "data.jsonl", GOOD)
+    options = ["--data=data.jsonl", "--init-from=base", "--train=all", "--steps=2", "--batch-size=2", "--out=run"]
+    for choice in (["--bad-rows=drop"], [], ["--bad-rows=error"]):
+        ended("train.instruct", *options, *choice)
+        out, err = capsys.readouterr()
+        assert err == at_first_step and "begun anew" not in out
+
+
 def test_no_row_at_all_can_be_used(tmp_path):
     path = tmp_path / "data.jsonl"
     write(path, [converse(user("a"), assistant(""))] * 3)
