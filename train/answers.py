@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llmq_jax.errors import BadInput
@@ -40,18 +40,10 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
 
     longest = lm.config.max_position_embeddings
     if options.sample_prompt is not None:
-        record = Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."})
-        held_out = [as_conversation(record)]
-
-    def prompt_of(asked: Any) -> list[int]:
-        try:
-            return prompt_tokens(asked, options, lm.tokenizer)
-        except BadInput:
-            if options.sample_prompt is not None:
-                raise
-            return []  # one of --bad-rows drop, which is told of
-
-    prompts = ((prompt_of(conversation), conversation) for conversation in held_out)
+        given = as_conversation(Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."}))
+        prompts = iter([(prompt_tokens(given, options, lm.tokenizer), given)])
+    else:
+        prompts = prompts_to_ask(held_out, options, lm.tokenizer)
     prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
     if prompt is None and options.sample_every != 0:
         which = "--sample-prompt" if options.sample_prompt is not None else "every conversation"
@@ -76,6 +68,19 @@ def question(conversation: Any) -> str | None:
     pairs = itertools.pairwise(conversation.chat())
     asked = [text_of(before) for before, after in pairs if after["role"] == "assistant"]
     return asked[-1] if asked else None
+
+
+def prompts_to_ask(conversations: Iterable[Any], options: Any, tokenizer: Any) -> Iterator[tuple[list[int], Any]]:
+    """(`prompt_tokens`, conversation) of each, without those that --bad-rows drop leaves out, which is told of
+    elsewhere. Each is rendered when it is asked for."""
+    for conversation in conversations:
+        try:
+            prompt = prompt_tokens(conversation, options, tokenizer)
+        except BadInput:
+            if options.bad_rows != "drop":
+                raise
+            continue
+        yield prompt, conversation
 
 
 def prompt_tokens(conversation: Any, options: Any, tokenizer: Any) -> list[int]:

@@ -25,7 +25,7 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.host_copies import to_host
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
-from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
+from train.answers import end_of_answer, ending_with, prompts_to_ask, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
 from train.devices import on_devices
 from train.exports import next_commands
@@ -338,8 +338,8 @@ def distance(options: Options, policy: Any, reference: Any, digest: str | None, 
         if digest not in (None, weight_digest(reference.variables)):
             return f"KL to the reference: not measured, since {name} holds other weights than when this run began"
     longest = min(lm.config.max_position_embeddings for lm in (policy, reference)) - ANSWER_TOKENS
-    found = (prompt_tokens(pair.chosen, options, policy.tokenizer) for pair in validation)
-    prompts = list(itertools.islice((prompt for prompt in found if 0 < len(prompt) <= longest), ANSWERS))
+    found = prompts_to_ask((pair.chosen for pair in validation), options, policy.tokenizer)
+    prompts = list(itertools.islice((prompt for prompt, _ in found if 0 < len(prompt) <= longest), ANSWERS))
     if not prompts:
         return "KL to the reference: no prompt leaves room for an answer"
     drawn = generate(

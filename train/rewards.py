@@ -10,6 +10,7 @@ from typing import Any
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.devices import row_parts
+from train.sources import tell_left_out
 
 REWARD_RATE = 1e-5
 
@@ -190,9 +191,11 @@ def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judg
 
     model = reward_model_of(score)
     context = model.lm.config.max_position_embeddings
-    pairs = read_preferences(replay_data).pairs
+    left_out = options.left_out()
+    pairs = read_preferences(replay_data, left_out).pairs
     template = options.template or default_template([pair.chosen for pair in pairs], source.tokenizer)
-    old = tokenize_preferences(pairs, source.tokenizer, template=template, context=context).pairs
+    old = tokenize_preferences(pairs, source.tokenizer, template=template, context=context, left_out=left_out).pairs
+    tell_left_out(left_out)
     pad_token = model.lm.generation.pad_token_id
     old = old if pad_token is None else [without_padding(pair, pad_token) for pair in old]
     count = replayed(options)

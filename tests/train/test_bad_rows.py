@@ -9,7 +9,7 @@ from llmq_jax.data import ByteTokenizer, read_conversations, read_prompts, token
 from llmq_jax.data.bad_rows import usable
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.errors import BadInput
-from llmq_jax.language_model import LanguageModel
+from llmq_jax.language_model import LanguageModel, with_classifier
 from tests.programs import ended
 
 ALTERNATING = (
@@ -105,6 +105,43 @@ def test_each_recipe_ends_at_the_first_or_leaves_all_out(folder, capsys, at_firs
     assert err == at_first_step and ("cannot be used" in out) == (refused is not None)
     digests = [json.loads((folder / name / "config.json").read_text())["training_sha256"] for name in ("run", "alone")]
     assert digests[0] == digests[1]
+
+
+def test_dpo_ends_well_where_a_held_out_pair_is_refused(folder, capsys):
+    """Its prompts are asked once more at the end, for the distance to the reference."""
+    write(folder / "data.jsonl", LISTED[1:])
+    write(folder / "held_out.jsonl", [TWICE_ASKED, LISTED[0]])
+    options = ["--data=data.jsonl", "--validation-data=held_out.jsonl", "--init-from=base", "--train=all", "--out=run"]
+    options += ["--steps=1", "--batch-size=2", "--evaluate-every=0", "--sample-every=0", "--bad-rows=drop"]
+    code = ended("train.dpo", *options)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "1 row left out, which cannot be used; the first: held_out.jsonl: line 1" in out
+    assert "KL to the reference" in out
+
+
+def test_old_pairs_of_a_judged_reward_model_are_left_out_too(folder, capsys, at_first_step):
+    lm = lq.load("base")
+    lq.save(with_classifier(lm, ["reward"], seed=0), "judged")
+    write(folder / "data.jsonl", ROWS["grpo"][:-1])
+    write(folder / "old.jsonl", ROWS["dpo"])
+    options = ["--data=data.jsonl", "--init-from=base", "--train=all", "--steps=2", "--out=run", "--max-new-tokens=4"]
+    options += ["--prompts-per-step=2", "--group-size=2", "--reward=judged", "--judge=length:8"]
+    options += ["--steps-per-iteration=1", "--replay-data=old.jsonl"]
+    ended("train.grpo", *options, "--bad-rows=drop")
+    out, err = capsys.readouterr()
+    assert err == at_first_step
+    assert "2 rows left out, which cannot be used; the first: old.jsonl: line 9" in out
+
+
+def test_a_run_goes_on_with_another_choice_for_the_same_rows(folder, capsys, at_first_step):
+    """What is learned is compared by its digest."""
+    write(folder / "data.jsonl", GOOD)
+    options = ["--data=data.jsonl", "--init-from=base", "--train=all", "--steps=2", "--batch-size=2", "--out=run"]
+    for choice in (["--bad-rows=drop"], [], ["--bad-rows=error"]):
+        ended("train.instruct", *options, *choice)
+        out, err = capsys.readouterr()
+        assert err == at_first_step and "begun anew" not in out
 
 
 def test_no_row_at_all_can_be_used(tmp_path):

@@ -164,13 +164,14 @@ def test_the_distance_to_a_reference_of_a_shorter_context(dpo, tmp_path, monkeyp
     """Only prompts that leave room for an answer in both contexts are asked, and no more of them rendered than that."""
     from train import dpo as recipe
 
-    rendered, prompt_tokens = [], recipe.prompt_tokens
+    rendered, prompts_to_ask = [], recipe.prompts_to_ask
 
     def watched(*arguments):
-        rendered.append(prompt_tokens(*arguments))
-        return rendered[-1]
+        for prompt, asked in prompts_to_ask(*arguments):
+            rendered.append(prompt)
+            yield prompt, asked
 
-    monkeypatch.setattr(recipe, "prompt_tokens", watched)
+    monkeypatch.setattr(recipe, "prompts_to_ask", watched)
     monkeypatch.setattr(recipe, "ANSWERS", 2)
     make_model(tmp_path / "short", max_position_embeddings=80)
     for name, count in (("training", 4), ("validation", 5)):
