@@ -278,12 +278,12 @@ recorded, so that a run may be resumed with other ones."""
 
 MAY_CHANGE = (
     *("sample_prompt", "accumulate", "remat", "scan_layers", "attention"),
-    *("data", "validation_data", "test_data", "replay_data", "bad_rows", "chat_template"),
+    *("data", "validation_data", "test_data", "replay_data", "bad_rows", "fields", "chat_template"),
 )
 """A recipe's own options that may differ when a run is resumed: what samples continue; how a step is computed, which
 gives the same result up to rounding (except that dropout is drawn and experts are balanced by micro-batch, and that
---attention too changes dropout's draws); and where the data are and what becomes of bad rows: contents are compared
-by digests."""
+--attention too changes dropout's draws); and where the data are, what their fields are called and what becomes of
+bad rows: contents are compared by digests."""
 
 
 def own_options(options: RecipeOptions, *without: str) -> dict[str, Any]:

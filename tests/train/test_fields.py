@@ -91,6 +91,10 @@ def test_recipes_learn_the_same(folder, capsys, at_first_step, recipe, rows, fie
     for part in ("training_sha256", "validation_sha256"):
         assert configs[0][part] == configs[1][part]
     assert configs[0]["fields"] == fields and configs[1]["fields"] is None
+    # A run goes on from the same data under other names.
+    assert ended(f"train.{recipe}", *OPTIONS, *others, *validation, "--out=run") == 2
+    captured = capsys.readouterr()
+    assert captured.err == at_first_step and "begun anew" not in captured.out
 
 
 @pytest.mark.parametrize("recipe", ["instruct", "dpo", "reward", "grpo"])
