@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.devices import check_mesh
-from train.options import (
-    RecipeOptions,
-    model_of,
-)
+from train.options import RecipeOptions, model_of
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied", "whole")
 

@@ -13,9 +13,7 @@ from llmq_jax.errors import BadInput
 from train.devices import less_memory, on_devices
 from train.grpo import Options as GRPOOptions
 from train.instruct import Options as InstructOptions
-from train.options import (
-    RecipeOptions,
-)
+from train.options import RecipeOptions
 
 ROOT = Path(__file__).parents[2]
 
