@@ -27,7 +27,9 @@ def usable(
     if faults and (left_out is None or not used):
         others = counted(len(faults) - 1, "other row")
         message = f"{faults[0]}; {others} cannot be used either" if len(faults) > 1 else str(faults[0])
-        raise BadInput(f"{message}; --bad-rows drop leaves such rows out" if used else message)
+        if used:
+            raise BadInput(f"{message}; --bad-rows drop leaves such rows out")
+        raise BadInput(message if left_out is None else f"{message}; no row is left")
     if left_out is not None:
         left_out.extend(faults)
     return used

@@ -147,10 +147,10 @@ def test_a_run_goes_on_with_another_choice_for_the_same_rows(folder, capsys, at_
 def test_no_row_at_all_can_be_used(tmp_path):
     path = tmp_path / "data.jsonl"
     write(path, [converse(user("a"), assistant(""))] * 3)
-    with pytest.raises(BadInput, match=r"line 1.*is empty.*; 2 other rows cannot be used either$"):
+    with pytest.raises(BadInput, match=r"line 1.*is empty.*; 2 other rows cannot be used either; no row is left$"):
         read_conversations(path, [])
     write(path, [converse(user("a"), assistant(""))])
-    with pytest.raises(BadInput, match=r"line 1.*is empty") as one:
+    with pytest.raises(BadInput, match=r"line 1.*is empty.*; no row is left$") as one:
         read_conversations(path, [])
     assert "other rows" not in str(one.value)
     # Where all begin alike, leaving out what cannot be used is no advice.
