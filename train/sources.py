@@ -15,11 +15,11 @@ from train.options import split_of
 @dataclass(frozen=True)
 class RowOptions:
     bad_rows: Annotated[Literal["error", "drop"] | None, default_is("error")] = None
-    """What to do with rows that cannot be used, such as one with an empty answer: end with an error at the first, or
-    leave them out (drop) and tell how many there were, and what is wrong with the first."""
+    """What to do with rows that cannot be used, such as those with an empty answer: end with an error that names the
+    first and counts the others, or leave them out (drop) and tell the same."""
 
     def left_out(self) -> list[BadInput] | None:
-        """A list for the errors of rows that are left out; None: there are none, the first ends the run."""
+        """A list for the errors of rows that are left out; None: such rows end the run."""
         return [] if self.bad_rows == "drop" else None
 
 
