@@ -1,6 +1,6 @@
 """What becomes of rows of data that cannot be used: they end the reading, or are left out and listed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from llmq_jax.counts import counted
@@ -12,18 +12,22 @@ Result = TypeVar("Result")
 
 def usable(
     convert: Callable[[Row], Result], rows: Iterable[Row], left_out: list[BadInput] | None = None
-) -> list[Result]:
-    """[convert(row)] of the rows that can be used.
+) -> Iterator[Result]:
+    """`convert(row)` of each row that can be used, one by one: whoever cuts the results need not hold them whole.
 
     Raises the BadInput of the first row for which `convert` does, with the number of the others. With a list `left_out`
     these errors are added to it and the rows left out; BadInput then only where no row can be used.
     """
-    used, faults = [], []
+    used, faults = 0, []
     for row in rows:
         try:
-            used.append(convert(row))
+            result = convert(row)
         except BadInput as fault:
             faults.append(fault)
+            continue
+        used += 1
+        if not faults or left_out is not None:
+            yield result
     if faults and (left_out is None or not used):
         others = counted(len(faults) - 1, "other row")
         message = f"{faults[0]}; {others} cannot be used either" if len(faults) > 1 else str(faults[0])
@@ -32,4 +36,3 @@ def usable(
         raise BadInput(message if left_out is None else f"{message}; no row is left")
     if left_out is not None:
         left_out.extend(faults)
-    return used

@@ -105,7 +105,7 @@ def read_conversations(
     an empty answer; with a list `left_out` such rows are left out (see `usable`). `fields` are other names in the file:
     {"output": "response"}.
     """
-    conversations = usable(as_conversation, renamed(read_records(path), fields), left_out)
+    conversations = list(usable(as_conversation, renamed(read_records(path), fields), left_out))
     require_one_form(conversations)
     return conversations
 

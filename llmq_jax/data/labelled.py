@@ -171,7 +171,7 @@ def read_rows(
         return LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))
 
     records = read_records(path, columns, {text_field: "--text-field", label_field: "--label-field"})
-    return usable(row, records, left_out)
+    return list(usable(row, records, left_out))
 
 
 def class_names(rows: Sequence[LabelledRow], path: DataPath) -> tuple[str, ...]:

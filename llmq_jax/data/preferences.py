@@ -122,7 +122,7 @@ def read_preferences(
     kind, an empty prompt or answer, a margin that is no number; and where no pair is left. With a list `left_out` such
     rows are left out (see `usable`). `fields` are other names in the file: {"prompt": "question"}.
     """
-    pairs = usable(as_preference, renamed(read_records(path), fields), left_out)
+    pairs = list(usable(as_preference, renamed(read_records(path), fields), left_out))
     require_one_form([pair.chosen for pair in pairs])
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:

@@ -65,7 +65,7 @@ def read_prompts(
     records = renamed(read_records(path), fields)
     if prompt_format is not None:
         _check_format(prompt_format, records[0])
-    prompts = usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out)
+    prompts = list(usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out))
     for other in prompts:
         if other.columns.keys() != prompts[0].columns.keys():
             raise BadInput(

@@ -166,7 +166,7 @@ def test_errors_are_listed_in_order():
         return number // 2
 
     left_out = []
-    assert usable(half, range(6), left_out) == [0, 1, 2]
+    assert list(usable(half, range(6), left_out)) == [0, 1, 2]
     assert [str(error) for error in left_out] == ["1 is odd", "3 is odd", "5 is odd"]
     for count, others in (
         (2, ""),
@@ -174,10 +174,10 @@ def test_errors_are_listed_in_order():
         (6, "; 2 other rows cannot be used either"),
     ):
         with pytest.raises(BadInput, match=f"^1 is odd{others}; --bad-rows drop leaves such rows out$"):
-            usable(half, range(count))
-    assert usable(half, []) == [] == usable(half, [], [])
+            list(usable(half, range(count)))
+    assert list(usable(half, [])) == [] == list(usable(half, [], []))
     with pytest.raises(TypeError):  # a fault of the program is none of the data's
-        usable(half, ["a"], [])
+        list(usable(half, ["a"], []))
 
 
 def test_both_stages_fill_one_list(tmp_path):
@@ -195,3 +195,11 @@ def test_both_stages_fill_one_list(tmp_path):
     write(tmp_path / "prompts.jsonl", ROWS["grpo"])
     prompts, longer = read_prompts(tmp_path / "prompts.jsonl", tokenizer, longest=64, left_out=(errors := []))
     assert (len(prompts), longer, len(errors)) == (6, 0, 1)
+
+
+def test_results_come_one_by_one():
+    """Long rows are cut as they come, not after all are there."""
+    asked = []
+    results = usable(lambda row: asked.append(row) or row, range(3))
+    assert next(results) == 0 and asked == [0]
+    assert list(results) == [1, 2]
