@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -60,13 +61,21 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
                 "--processes and --process have no effect without --coordinator; give its address, HOST:PORT"
             )
         cluster = next((name for name, variable in CLUSTERS.items() if variable in os.environ), None)
-        if cluster is None or processes == 1 or os.environ.get("SLURM_NTASKS") == "1":
+        # In the interactive step of `salloc`, SLURM_NTASKS counts the tasks of the job, and the step has one.
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS"))
+        if cluster is None or processes == 1 or tasks == "1":
             return False
+        if cluster == "SLURM":
+            port = os.environ.setdefault("JAX_COORDINATOR_PORT", str(port_of_step(os.environ)))
+            if not _is_port(port):
+                raise BadInput(f"JAX_COORDINATOR_PORT is {port!r} and must be a port from 1 to 65535")
+            if os.environ.get("SLURM_PROCID") == "0":
+                _check_port(int(port), "give all tasks another one in JAX_COORDINATOR_PORT")
         arguments: dict[str, Any] = {}
         where = f"the coordinator that {cluster} tells of"
     else:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if not host or not _is_port(port):
             raise BadInput(
                 f"--coordinator is {coordinator!r} and must be the address of process 0, HOST:PORT, with a port from 1 "
                 "to 65535"
@@ -78,7 +87,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         if not 0 <= process < processes:
             raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
         if process == 0:
-            _check_port(coordinator, int(port))
+            _check_port(int(port), "give all processes another port in --coordinator, and each its own --process")
         _warn_of_name(coordinator, host)
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         where = f"the coordinator at {coordinator}"
@@ -88,23 +97,31 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=10 * PATIENCE_SECONDS)
         except Exception as error:  # a cluster may not tell all; JAX's code for Kubernetes raises errors of its own
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
             raise BadInput(
                 f"processes cannot be joined: {said}; give --coordinator, --processes and --process, or --processes 1"
             ) from None
     return True
 
 
-def _check_port(coordinator: str, port: int) -> None:
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 2**16
+
+
+def port_of_step(environment: Mapping[str, str]) -> int:
+    """Port at which process 0 of this SLURM step listens. JAX's own choice is the same for all steps of a job; those
+    that run at the same time would join each other."""
+    step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
+    return 2**16 - 1 - zlib.crc32(step.encode()) % 2**12  # above the ports that Linux gives to outgoing connections
+
+
+def _check_port(port: int, remedy: str) -> None:
     """BadInput where process 0 cannot listen there. JAX would report that by a C++ error; and where another process 0
     of this machine listens there already, both would share the port, and be ended by a signal."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise BadInput(
-            f"--coordinator {coordinator}: process 0 cannot listen at port {port} of its machine ({error.strerror}); "
-            "give all processes another port, and each its own --process"
-        ) from None
+        raise BadInput(f"process 0 cannot listen at port {port} of its machine ({error.strerror}); {remedy}") from None
 
 
 def _warn_of_name(coordinator: str, host: str) -> None:

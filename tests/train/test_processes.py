@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.processes import gpus_of_task, joined
+from llmq_jax.training.processes import gpus_of_task, joined, port_of_step
 from tests.devices import with_devices
 from tests.forks import Forks
 from tests.ports import free_port
@@ -240,6 +240,41 @@ def test_a_port_that_cannot_be_listened_at_is_told_at_once():
     for port in (0, 99999):
         with pytest.raises(BadInput, match="HOST:PORT, with a port from 1 to 65535"):
             joined(f"127.0.0.1:{port}", 2, 1).__enter__()
+
+
+def of_slurm(**variables):
+    """What SLURM tells task 0 of step 0 of two tasks."""
+    told = {"JOB_ID": "7", "STEP_ID": "0", "STEP_NODELIST": "127.0.0.1", "NTASKS": "2", "PROCID": "0", "LOCALID": "0"}
+    return {f"SLURM_{name}": value for name, value in (told | variables).items()}
+
+
+def test_steps_of_one_job_listen_at_different_ports_and_the_tasks_of_a_step_at_one():
+    ports = [port_of_step(of_slurm(STEP_ID=str(step))) for step in range(4)]
+    assert len(set(ports)) == 4 and all(61_440 <= port < 65_536 for port in ports)
+    assert port_of_step(of_slurm(PROCID="1", LOCALID="1")) == ports[0]
+    assert port_of_step(of_slurm(JOB_ID="8")) != ports[0]
+
+
+def test_a_port_of_slurm_that_is_taken_is_told_at_once(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in (of_slurm() | {"JAX_COORDINATOR_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(BadInput, match=f"cannot listen at port {port} .*another one in JAX_COORDINATOR_PORT"):
+            joined(None, None, None).__enter__()
+    for wrong in ("here", "99999"):
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", wrong)
+        with pytest.raises(BadInput, match=f"JAX_COORDINATOR_PORT is '{wrong}' and must be a port from 1 to 65535"):
+            joined(None, None, None).__enter__()
+
+
+def test_the_interactive_step_of_a_job_of_several_tasks_is_alone(monkeypatch):
+    for name, value in of_slurm(STEP_NUM_TASKS="1", STEP_ID="4294967290").items():  # as in the shell of salloc -n 2
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("", 0)) as taken:  # joining would be refused, instead of waiting
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", str(taken.getsockname()[1]))
+        with joined(None, None, None):
+            pass
 
 
 def ends_of_two(second, parting):
