@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.options import Flag, default_is, refuse_idle
+from llmq_jax.options import Flag, default_is, no_option, refuse_idle
 from train.devices import on_devices
 from train.exports import export_commands, registering
 from train.options import (
@@ -33,7 +33,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.sources import RowOptions, Sources, sources_of, tell_left_out
+from train.sources import RecordOptions, Sources, sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -79,7 +79,7 @@ class DataAndModelOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, RowOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, RecordOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Texts in a batch."""
@@ -91,6 +91,7 @@ class Options(FineTuningOptions, TuningOptions, RowOptions, DataAndModelOptions)
     """Steps between two samples, which are predictions for a few texts; 0: never."""
     sample_prompt: Annotated[str | None, default_is("the first that are held out")] = None
     """A text to classify in the samples."""
+    fields: None = no_option("in classification, which reads --text-field and --label-field")
 
 
 @on_devices

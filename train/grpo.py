@@ -40,7 +40,7 @@ from train.options import (
 )
 from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, scorer_of
-from train.sources import FieldOptions, RowOptions, one_split, sources_of
+from train.sources import RecordOptions, one_split, sources_of
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
 
@@ -168,8 +168,7 @@ class Options(
     JudgeOptions,
     AlgorithmOptions,
     RewardOptions,
-    RowOptions,
-    FieldOptions,
+    RecordOptions,
     DataAndModelOptions,
 ):
     # Dataclasses collect the fields of their bases from right to left.
@@ -338,7 +337,7 @@ def check(options: Options) -> None:
     from llmq_jax.generation import Sampler
     from llmq_jax.objectives.grpo import LossOptions
 
-    options.field_names()
+    options.field_names()  # read with the prompts, once the model is loaded
     counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
     check_ranges(
         options,

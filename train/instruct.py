@@ -36,7 +36,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.sources import FieldOptions, RowOptions, held_out_apart, sources_of, tell_left_out
+from train.sources import RecordOptions, held_out_apart, sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -102,7 +102,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, TemplateOptions, RowOptions, FieldOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, TemplateOptions, RecordOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Rows in a batch."""
@@ -210,7 +210,6 @@ def main(options: Options) -> Any:
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     train_on(options)
-    options.field_names()
     check_chat_template(options)
     check_what_trains(options)
     check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))

@@ -13,20 +13,12 @@ from train.options import split_of
 
 
 @dataclass(frozen=True)
-class RowOptions:
+class RecordOptions:
+    fields: Annotated[str | None, default_is("as --data says")] = None
+    """What fields are called in the files, where that is not as --data says: instruction=problem,output=solution."""
     bad_rows: Annotated[Literal["error", "drop"] | None, default_is("error")] = None
     """What to do with rows that cannot be used, such as those with an empty answer: end with an error that names the
     first and counts the others, or leave them out (drop) and tell the same."""
-
-    def left_out(self) -> list[BadInput] | None:
-        """A list for the errors of rows that are left out; None: such rows end the run."""
-        return [] if self.bad_rows == "drop" else None
-
-
-@dataclass(frozen=True)
-class FieldOptions:
-    fields: Annotated[str | None, default_is("as --data says")] = None
-    """What fields are called in the files, where that is not as --data says: instruction=problem,output=solution."""
 
     def field_names(self) -> dict[str, str] | None:
         """{our name: its name in the files}. BadInput for what is no pair of names, or has a name twice."""
@@ -41,6 +33,10 @@ class FieldOptions:
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise BadInput(f"--fields {self.fields} names {twice!r} twice; give each field one name")
         return dict(pairs)
+
+    def left_out(self) -> list[BadInput] | None:
+        """A list for the errors of rows that are left out; None: such rows end the run."""
+        return [] if self.bad_rows == "drop" else None
 
 
 def tell_left_out(left_out: Sequence[BadInput] | None) -> None:
