@@ -204,7 +204,6 @@ def main(options: Options) -> Any:
     import jax
 
     from llmq_jax.data.prompts import PromptBatches
-    from llmq_jax.data.records import record_files
     from llmq_jax.generation import Sampler
     from llmq_jax.model_files import TextFiles, save
     from llmq_jax.objectives.grpo import GRPO
@@ -215,8 +214,8 @@ def main(options: Options) -> Any:
 
     if options.judge is not None and jax.process_count() > 1:
         raise BadInput("--judge is for one process: a reward model that learns is saved by one; leave it out")
-    sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
-    replay_data = one_split(options.replay_data, "train", record_files)
+    sources = sources_of(options, hold_out=options.evaluate_every != 0)
+    replay_data = one_split(options.replay_data, "train")
     functions, judge = reward_functions(options)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
@@ -434,7 +433,7 @@ def with_longest_prompt(options: Options, config: Any) -> Options:
             f"--max-prompt {options.max_prompt} and --max-new-tokens {options.max_new_tokens} exceed the model's "
             f"context, {context}; choose fewer"
         )
-    return dataclasses.replace(options, max_prompt=options.max_prompt or longest)
+    return filled(options, max_prompt=longest)
 
 
 def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> dict[str, float]:

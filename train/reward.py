@@ -78,14 +78,13 @@ def main(options: Options) -> Any:
 
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
-    from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
     from llmq_jax.training.sharding import own_rows, row_share
 
     # The pairs, some of them held out, and the model with a head that gives one number.
-    sources = sources_of(options, record_files)
+    sources = sources_of(options)
     left_out = options.left_out()
     training, validation = read_pairs(options, sources, left_out)
     source = load_to_train(options)

@@ -6,7 +6,7 @@ anywhere, on any number of processes. Shuffling is grain's seeded permutation wi
 Shapes: N tokens in the stream, B rows of a batch, T = context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,8 +161,11 @@ def evaluation_batches(
     )
 
 
-def check_vocabulary(tokens: Integer[np.ndarray, "..."], vocab_size: int, where: str = "the data") -> None:
+def check_vocabulary(
+    tokens: Integer[np.ndarray, "..."] | Sequence[int], vocab_size: int, where: str = "the data"
+) -> None:
     """Raises BadInput, which names the first wrong id and its position, unless all ids lie in 0..vocab_size-1."""
+    tokens = np.asarray(tokens)
     if tokens.size == 0 or (tokens.max() < vocab_size and tokens.min() >= 0):
         return
     flat = tokens.reshape(-1)
