@@ -154,7 +154,8 @@ class JudgeOptions:
     judge: Annotated[str | None, default_is("none: the reward model stays")] = None
     """Reward functions that rank the policy's answers; the reward model goes on learning from these rankings."""
     replay_data: Annotated[str | None, default_is("none")] = None
-    """The preference pairs that the reward model was trained on, in the form that train.reward reads."""
+    """The preference pairs that the reward model was trained on, in the form that train.reward reads; --fields is for
+    the prompts alone."""
     replay: Annotated[float | None, default_is("0.1")] = None
     """Share of old pairs, from --replay-data, among those that the reward model learns from with --judge."""
     reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None

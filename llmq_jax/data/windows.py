@@ -197,7 +197,10 @@ def _with_documents(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, e
 def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
     """The rows of a batch that one of several processes reads. BadInput: they cannot be divided evenly."""
     if batch_size % process_count:
-        raise BadInput(f"a batch of {counted(batch_size, 'row')} cannot be divided among {process_count} processes")
+        raise BadInput(
+            f"a batch of {counted(batch_size, 'row')} cannot be divided among {process_count} processes; give a "
+            f"multiple of {process_count}"
+        )
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
 
