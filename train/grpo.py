@@ -220,7 +220,6 @@ def main(options: Options) -> Any:
     functions, judge = reward_functions(options)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
-    source.require_tokenizer(options.init_from)
     source = with_chat_template(options, source)
     source = source.replace(generation=ending_with(source.tokenizer.end_of_text, source.generation))
     config = source.config

@@ -8,7 +8,7 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, refuse_idle
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, check_ranges, split_of
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, Range, check_ranges, split_of
 from train.sources import RecordOptions, Sources
 from train.what_trains import check_what_trains
 
@@ -68,9 +68,9 @@ class PairOptions(TemplateOptions, RecordOptions, DataAndModelOptions):
     pass  # fields are collected from right to left
 
 
-def check_preference_options(options: Any) -> None:
-    """BadInput for options that cannot be, or would have no effect."""
-    check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))
+def check_preference_options(options: Any, *own: Range) -> None:
+    """BadInput for options that cannot be, the recipe's `own` among them, or would have no effect."""
+    check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"), *own)
     check_what_trains(options)
     check_chat_template(options)
     refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])

@@ -10,12 +10,12 @@ resumes a run that was stopped.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
-from llmq_jax.errors import BadInput
 from llmq_jax.host_copies import to_host
 from llmq_jax.options import default_is, no_option
 from train.chat_templates import chat_template_digest, with_text_options
@@ -152,9 +152,8 @@ def main(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
-    check_preference_options(options)
-    if not 0 <= options.center < float("inf"):
-        raise BadInput(f"--center is {options.center} and must not be negative (0 does not centre)")
+    rule = "not be negative (0 does not centre)"
+    check_preference_options(options, ("center", lambda weight: 0 <= weight < math.inf, rule))
 
 
 def with_scalar_head(source: Any, seed: int) -> tuple[Any, str]:
