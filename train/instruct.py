@@ -115,10 +115,8 @@ class Options(FineTuningOptions, TuningOptions, TemplateOptions, RecordOptions, 
 @on_devices
 def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
-    if options.out is None and not options.preview:
-        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
-    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
     check(options)
+    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
 
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import SomeBatches, instruction_batches, read_conversations
@@ -207,6 +205,8 @@ def main(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
+    if options.out is None and not options.preview:
+        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
     train_on(options)
     check_chat_template(options)
     check_what_trains(options)
