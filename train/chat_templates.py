@@ -30,7 +30,6 @@ def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, 
     tokenizer or a chat template that is needed."""
     from llmq_jax.data import default_template
 
-    lm.require_tokenizer(options.init_from)
     lm = with_chat_template(options, lm)
     by_chat = options.chat_template or options.chat_template_kwargs
     template = options.template or ("chat" if by_chat else default_template(conversations, lm.tokenizer))
@@ -43,7 +42,7 @@ def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, 
 
 def with_chat_template(options: Any, lm: Any) -> Any:
     """The model with the template of --chat-template in place of its own, if one is given, and with the variables of
-    --chat-template-kwargs."""
+    --chat-template-kwargs. BadInput where it has no tokenizer, or no chat template for the variables."""
     from llmq_jax.data.chat_template import parse_variables, read_chat_template
 
     tokenizer = lm.require_tokenizer(options.init_from)

@@ -9,7 +9,6 @@ fractions. At the end the test set is classified: test.json, confusion.png, erro
 a run that was stopped.
 """
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
@@ -20,20 +19,21 @@ from typing import Annotated, Any
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.options import Flag, default_is, refuse_idle
+from llmq_jax.options import Flag, default_is, no_option, refuse_idle
 from train.devices import on_devices
 from train.exports import export_commands, registering
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
     check_ranges,
+    filled,
     optimizer_of,
     own_options,
     run_options,
     train_step_of,
     with_steps,
 )
-from train.sources import RowOptions, Sources, sources_of, tell_left_out
+from train.sources import RecordOptions, Sources, sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -79,7 +79,7 @@ class DataAndModelOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, RowOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, RecordOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Texts in a batch."""
@@ -91,6 +91,7 @@ class Options(FineTuningOptions, TuningOptions, RowOptions, DataAndModelOptions)
     """Steps between two samples, which are predictions for a few texts; 0: never."""
     sample_prompt: Annotated[str | None, default_is("the first that are held out")] = None
     """A text to classify in the samples."""
+    fields: None = no_option("in classification, which reads --text-field and --label-field")
 
 
 @on_devices
@@ -100,7 +101,6 @@ def main(options: Options) -> Any:
 
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
-    from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.classification import Classification
     from llmq_jax.training import engine, step
@@ -109,18 +109,18 @@ def main(options: Options) -> Any:
     from llmq_jax.training.sharding import own_rows, row_share
 
     # The texts, split, and the model with a head for their classes.
-    sources = sources_of(options, record_files)
+    sources = sources_of(options)
     found = read_data(options, sources)
     source = load_to_train(options)
     source.require_tokenizer(options.init_from)
     options, parts = split_data(options, sources, found, source.config.labels)
     source, head = with_head(source, parts["training"].names, options.seed)
     config = source.config
-    options = dataclasses.replace(options, max_length=options.max_length or config.max_position_embeddings)
-    if options.max_length > config.max_position_embeddings:
-        longest = config.max_position_embeddings
+    context = config.max_position_embeddings
+    options = filled(options, max_length=context)
+    if options.max_length > context:
         raise BadInput(
-            f"--max-length {options.max_length} exceeds the model's context, {longest}; choose a shorter one"
+            f"--max-length {options.max_length} exceeds the model's context, {context}; choose a shorter one"
         )
     rows = {name: token_rows(options, source, sources, name, part.texts) for name, part in parts.items()}
 
@@ -278,10 +278,9 @@ def distinct(path: Any, rows: list, names: Sequence[str], elsewhere: set[str]) -
 
 def completed_fractions(options: Options, sources: Sources) -> Options:
     """The options with the fractions' defaults filled in. BadInput where the fractions leave nothing to learn."""
-    defaults = {"validation_fraction": VALIDATION_FRACTION, "test_fraction": TEST_FRACTION}
-    idle = {"validation_fraction": sources.validation, "test_fraction": sources.test}
-    values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
-    options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)
+    fractions = {"validation": VALIDATION_FRACTION, "test": TEST_FRACTION}
+    missing = {f"{name}_fraction": part for name, part in fractions.items() if not getattr(sources, name)}
+    options = filled(options, **missing, split_seed=0)
     validation, test = options.validation_fraction or 0, options.test_fraction or 0
     if validation + test >= 1:
         raise BadInput(
@@ -308,8 +307,6 @@ def token_rows(
 ) -> list[list[int]]:
     """Token ids of the texts of a part, cut to --max-length; prints how many were cut. `part` None: of the samples'
     texts."""
-    import numpy as np
-
     from llmq_jax.data import check_vocabulary
 
     where = "--sample-prompt" if part is None else str(getattr(sources, part) or sources.training)
@@ -317,7 +314,7 @@ def token_rows(
     if part is not None and cut:
         print(f"{part}: {cut:,} of {counted(len(rows), 'text')} cut to --max-length {options.max_length}")
     for row in rows:
-        check_vocabulary(np.asarray(row), source.config.vocab_size, where)
+        check_vocabulary(row, source.config.vocab_size, where)
     return rows
 
 

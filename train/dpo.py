@@ -98,7 +98,6 @@ def main(options: Options) -> Any:
     import numpy as np
 
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
-    from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, resuming, step
@@ -109,7 +108,7 @@ def main(options: Options) -> Any:
     from llmq_jax.weight_digest import weight_digest
 
     # The pairs, some of them held out, and the model.
-    sources = sources_of(options, record_files)
+    sources = sources_of(options)
     left_out = options.left_out()
     training, validation = read_pairs(options, sources, left_out)
     source = load_to_train(options)
@@ -143,8 +142,7 @@ def main(options: Options) -> Any:
     )
     converses = not asked_plain and tokenizer.chat_template is not None
     parts = {"training": learned, "validation": held_out}
-    digests = digests_of(parts, numbered)
-    digests |= chat_template_digest(options, source.tokenizer)
+    digests = digests_of(parts, numbered) | chat_template_digest(options, tokenizer)
     recorded = {"recipe": "train.dpo", **own_options(options), **digests}
     # Loaded before the run folder is opened, since it may not fit into memory; not needed once the run has learned from
     # its log-probabilities.

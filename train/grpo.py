@@ -40,7 +40,7 @@ from train.options import (
 )
 from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, scorer_of
-from train.sources import FieldOptions, RowOptions, one_split, sources_of
+from train.sources import RecordOptions, one_split, sources_of
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
 
@@ -154,7 +154,8 @@ class JudgeOptions:
     judge: Annotated[str | None, default_is("none: the reward model stays")] = None
     """Reward functions that rank the policy's answers; the reward model goes on learning from these rankings."""
     replay_data: Annotated[str | None, default_is("none")] = None
-    """The preference pairs that the reward model was trained on, in the form that train.reward reads."""
+    """The preference pairs that the reward model was trained on, in the form that train.reward reads; --fields is for
+    the prompts alone."""
     replay: Annotated[float | None, default_is("0.1")] = None
     """Share of old pairs, from --replay-data, among those that the reward model learns from with --judge."""
     reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None
@@ -168,8 +169,7 @@ class Options(
     JudgeOptions,
     AlgorithmOptions,
     RewardOptions,
-    RowOptions,
-    FieldOptions,
+    RecordOptions,
     DataAndModelOptions,
 ):
     # Dataclasses collect the fields of their bases from right to left.
@@ -205,7 +205,6 @@ def main(options: Options) -> Any:
     import jax
 
     from llmq_jax.data.prompts import PromptBatches
-    from llmq_jax.data.records import record_files
     from llmq_jax.generation import Sampler
     from llmq_jax.model_files import TextFiles, save
     from llmq_jax.objectives.grpo import GRPO
@@ -216,12 +215,11 @@ def main(options: Options) -> Any:
 
     if options.judge is not None and jax.process_count() > 1:
         raise BadInput("--judge is for one process: a reward model that learns is saved by one; leave it out")
-    sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
-    replay_data = one_split(options.replay_data, "train", record_files)
+    sources = sources_of(options, hold_out=options.evaluate_every != 0)
+    replay_data = one_split(options.replay_data, "train")
     functions, judge = reward_functions(options)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
-    source.require_tokenizer(options.init_from)
     source = with_chat_template(options, source)
     source = source.replace(generation=ending_with(source.tokenizer.end_of_text, source.generation))
     config = source.config
@@ -338,7 +336,7 @@ def check(options: Options) -> None:
     from llmq_jax.generation import Sampler
     from llmq_jax.objectives.grpo import LossOptions
 
-    options.field_names()
+    options.field_names()  # read with the prompts, once the model is loaded
     counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
     check_ranges(
         options,
@@ -435,7 +433,7 @@ def with_longest_prompt(options: Options, config: Any) -> Options:
             f"--max-prompt {options.max_prompt} and --max-new-tokens {options.max_new_tokens} exceed the model's "
             f"context, {context}; choose fewer"
         )
-    return dataclasses.replace(options, max_prompt=options.max_prompt or longest)
+    return filled(options, max_prompt=longest)
 
 
 def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.sources import FieldOptions, RowOptions, held_out_apart, sources_of, tell_left_out
+from train.sources import RecordOptions, held_out_apart, sources_of, tell_left_out
 from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
@@ -102,7 +102,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class Options(FineTuningOptions, TuningOptions, TemplateOptions, RowOptions, FieldOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, TemplateOptions, RecordOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Rows in a batch."""
@@ -115,14 +115,11 @@ class Options(FineTuningOptions, TuningOptions, TemplateOptions, RowOptions, Fie
 @on_devices
 def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
-    if options.out is None and not options.preview:
-        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
-    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
     check(options)
+    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
 
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import SomeBatches, instruction_batches, read_conversations
-    from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
@@ -132,7 +129,7 @@ def main(options: Options) -> Any:
     from llmq_jax.training.sharding import row_share
 
     # The conversations, some of them held out, and the model.
-    sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
+    sources = sources_of(options, hold_out=options.evaluate_every != 0)
     left_out = options.left_out()
     read = functools.partial(read_conversations, left_out=left_out, fields=options.field_names())
     training, validation = held_out_apart(options, sources, read, said, "conversation")
@@ -181,8 +178,7 @@ def main(options: Options) -> Any:
         flush=True,
     )
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
-    digests = digests_of(parts, numbered)
-    digests |= chat_template_digest(options, tokenizer)
+    digests = digests_of(parts, numbered) | chat_template_digest(options, tokenizer)
     same(digests, differences)  # of other data processes would take other prompts, and wait for one another
     # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
     if options.sample_every != 0 and of_first(lambda: not Path(options.out).exists()):
@@ -209,8 +205,9 @@ def main(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
+    if options.out is None and not options.preview:
+        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
     train_on(options)
-    options.field_names()
     check_chat_template(options)
     check_what_trains(options)
     check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))
@@ -244,8 +241,6 @@ def said(conversation: Any) -> str:
 
 def examples(options: Options, part: list, tokenizer: Any, config: Any, left_out: list | None) -> Any:
     """Tokenised conversations. BadInput for a token outside the model's vocabulary."""
-    import numpy as np
-
     from llmq_jax.data import check_vocabulary, tokenize_conversations
 
     result = tokenize_conversations(
@@ -258,7 +253,7 @@ def examples(options: Options, part: list, tokenizer: Any, config: Any, left_out
         left_out=left_out,
     )
     for example in result.examples:
-        check_vocabulary(np.asarray(example.tokens), config.vocab_size, example.where)
+        check_vocabulary(example.tokens, config.vocab_size, example.where)
     return result
 
 

@@ -8,8 +8,8 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, refuse_idle
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, check_ranges, split_of
-from train.sources import FieldOptions, RowOptions, Sources
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, Range, check_ranges, split_of
+from train.sources import RecordOptions, Sources
 from train.what_trains import check_what_trains
 
 EPOCHS = 1.0
@@ -64,16 +64,15 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class PairOptions(TemplateOptions, RowOptions, FieldOptions, DataAndModelOptions):
+class PairOptions(TemplateOptions, RecordOptions, DataAndModelOptions):
     pass  # fields are collected from right to left
 
 
-def check_preference_options(options: Any) -> None:
-    """BadInput for options that cannot be, or would have no effect."""
-    check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))
+def check_preference_options(options: Any, *own: Range) -> None:
+    """BadInput for options that cannot be, the recipe's `own` among them, or would have no effect."""
+    check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"), *own)
     check_what_trains(options)
     check_chat_template(options)
-    options.field_names()
     refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])
 
 

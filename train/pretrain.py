@@ -377,8 +377,6 @@ def check(options: Options) -> None:
 def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
     """The number of tokens in the samples' prompt. BadInput, before the run begins, where it leaves the model no
     room."""
-    import numpy as np
-
     from llmq_jax.data import check_vocabulary
 
     ids = tokenizer.encode_prompt(options.sample_prompt)
@@ -389,7 +387,7 @@ def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
                 f"--sample-prompt {options.sample_prompt!r} is {counted(len(ids), 'token')} long; it needs at least 1, "
                 f"and fewer than the model's {longest} to leave room: give another one, or --sample-every 0"
             )
-        check_vocabulary(np.array(ids), config.vocab_size, "--sample-prompt")
+        check_vocabulary(ids, config.vocab_size, "--sample-prompt")
     return len(ids)
 
 

@@ -10,8 +10,6 @@ from train.sources import Sources, held_out_apart, tell_left_out
 
 def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]:
     """(training, validation) prompts, none of which is in both."""
-    import numpy as np
-
     from llmq_jax.data import check_vocabulary
     from llmq_jax.data.prompts import read_prompts
 
@@ -30,7 +28,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
         if dropped:
             print(f"{path}: {counted(dropped, 'prompt')} longer than --max-prompt {options.max_prompt} left out")
         for prompt in found:
-            check_vocabulary(np.asarray(prompt.tokens), source.config.vocab_size, prompt.where)
+            check_vocabulary(prompt.tokens, source.config.vocab_size, prompt.where)
         return found
 
     training, validation = held_out_apart(options, sources, read, lambda prompt: prompt.text, "prompt")

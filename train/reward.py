@@ -10,12 +10,12 @@ resumes a run that was stopped.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
-from llmq_jax.errors import BadInput
 from llmq_jax.host_copies import to_host
 from llmq_jax.options import default_is, no_option
 from train.chat_templates import chat_template_digest, with_text_options
@@ -78,14 +78,13 @@ def main(options: Options) -> Any:
 
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
-    from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
     from llmq_jax.training.sharding import own_rows, row_share
 
     # The pairs, some of them held out, and the model with a head that gives one number.
-    sources = sources_of(options, record_files)
+    sources = sources_of(options)
     left_out = options.left_out()
     training, validation = read_pairs(options, sources, left_out)
     source = load_to_train(options)
@@ -153,9 +152,8 @@ def main(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
-    check_preference_options(options)
-    if not 0 <= options.center < float("inf"):
-        raise BadInput(f"--center is {options.center} and must not be negative (0 does not centre)")
+    rule = "not be negative (0 does not centre)"
+    check_preference_options(options, ("center", lambda weight: 0 <= weight < math.inf, rule))
 
 
 def with_scalar_head(source: Any, seed: int) -> tuple[Any, str]:

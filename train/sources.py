@@ -13,20 +13,12 @@ from train.options import split_of
 
 
 @dataclass(frozen=True)
-class RowOptions:
+class RecordOptions:
+    fields: Annotated[str | None, default_is("as --data says")] = None
+    """What fields are called in the files, where that is not as --data says: instruction=problem,output=solution."""
     bad_rows: Annotated[Literal["error", "drop"] | None, default_is("error")] = None
     """What to do with rows that cannot be used, such as those with an empty answer: end with an error that names the
     first and counts the others, or leave them out (drop) and tell the same."""
-
-    def left_out(self) -> list[BadInput] | None:
-        """A list for the errors of rows that are left out; None: such rows end the run."""
-        return [] if self.bad_rows == "drop" else None
-
-
-@dataclass(frozen=True)
-class FieldOptions:
-    fields: Annotated[str | None, default_is("as --data says")] = None
-    """What fields are called in the files, where that is not as --data says: instruction=problem,output=solution."""
 
     def field_names(self) -> dict[str, str] | None:
         """{our name: its name in the files}. BadInput for what is no pair of names, or has a name twice."""
@@ -42,6 +34,10 @@ class FieldOptions:
                 raise BadInput(f"--fields {self.fields} names {twice!r} twice; give each field one name")
         return dict(pairs)
 
+    def left_out(self) -> list[BadInput] | None:
+        """A list for the errors of rows that are left out; None: such rows end the run."""
+        return [] if self.bad_rows == "drop" else None
+
 
 def tell_left_out(left_out: Sequence[BadInput] | None) -> None:
     """Print how many rows were left out, and why the first was."""
@@ -51,6 +47,8 @@ def tell_left_out(left_out: Sequence[BadInput] | None) -> None:
 
 USES = {"train": "to learn", "validation": "held out", "test": "to test on"}
 """{split: what its files are for}"""
+FilesOf = Callable[[str], list[Path]]
+"""The files at a path that a reader reads."""
 
 
 class Sources(NamedTuple):
@@ -63,11 +61,11 @@ class Sources(NamedTuple):
     test: Any = None
 
 
-def sources_of(options: Any, files_of: Callable[[str], list[Path]], hold_out: bool = True) -> Sources:
+def sources_of(options: Any, files_of: FilesOf | None = None, hold_out: bool = True) -> Sources:
     """The data of a run. Where --data is a folder with several splits, its training files are learned, its validation
     files held out, and its test files left out unless the recipe has --test-data; a line is printed that names them.
 
-    files_of: the files at a path that the recipe's reader reads.
+    files_of: the files at a path that the recipe's reader reads; None: those of records.
     hold_out: whether anything is held out at all.
 
     Raises BadInput where the folder has files of a split, and an option gives other files for it or chooses a part of
@@ -128,21 +126,22 @@ def held_out_apart(
     return training, validation
 
 
-def one_split(path: str | None, split: str, files_of: Callable[[str], list[Path]]) -> Any:
+def one_split(path: str | None, split: str, files_of: FilesOf | None = None) -> Any:
     """What to read for an option that is for one split alone: its path or, in a folder with several splits, that
     split's files; a printed line then names them."""
     return by_split(path, (split,), files_of)[split]
 
 
-def by_split(path: str | None, wanted: tuple[str, ...], files_of: Callable[[str], list[Path]]) -> dict[str, Any]:
+def by_split(path: str | None, wanted: tuple[str, ...], files_of: FilesOf | None) -> dict[str, Any]:
     """{split: what to read}, for the wanted splits that are there. The first must be there; where the path is no folder
     with several splits, all of it belongs to the first."""
     from llmq_jax.data.folders import FolderFiles
+    from llmq_jax.data.records import record_files
     from llmq_jax.data.split_names import files_by_split
 
     if path is None or not Path(path).is_dir():
         return {wanted[0]: path}
-    files = files_of(path)
+    files = (files_of or record_files)(path)
     parts = files_by_split(Path(path), files)
     if not parts:
         return {wanted[0]: FolderFiles(Path(path), tuple(files))}

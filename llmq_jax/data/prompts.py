@@ -7,6 +7,7 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 
 import functools
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,8 @@ def read_prompts(
     None: chat for messages, and wherever the model has a chat template.
 
     Raises BadInput, which names the row, for a prompt that is missing, empty or of another kind, a `system` beside it,
-    which the model would not read, fields that differ between records, and where no prompt is short enough. With a list
-    `left_out` rows without a prompt that can be used are left out (see `usable`). `fields` are other names in the file:
-    {"answer": "solution"}.
+    which the model would not read, other fields than most rows have, and where no prompt is short enough. With a list
+    `left_out` such rows are left out (see `usable`). `fields` are other names in the file: {"answer": "solution"}.
     """
     if template is not None and template not in TEMPLATES:
         raise BadInput(f"unknown template {template!r} for prompts: choose from {', '.join(TEMPLATES)}")
@@ -66,12 +66,18 @@ def read_prompts(
     if prompt_format is not None:
         _check_format(prompt_format, records[0])
     prompts = list(usable(lambda record: _prompt(record, tokenizer, template, prompt_format), records, left_out))
-    for other in prompts:
-        if other.columns.keys() != prompts[0].columns.keys():
+    counts = Counter(frozenset(prompt.columns) for prompt in prompts)
+    usual = max(prompts, key=lambda prompt: counts[frozenset(prompt.columns)])
+
+    def alike(prompt: Prompt) -> Prompt:
+        if prompt.columns.keys() != usual.columns.keys():
             raise BadInput(
-                f"{other.where} has the fields {', '.join(other.columns) or 'none'} beside the prompt, and "
-                f"{prompts[0].where} {', '.join(prompts[0].columns) or 'none'}: give all the same"
+                f"{prompt.where} has the fields {', '.join(prompt.columns) or 'none'} beside the prompt, and "
+                f"{usual.where} {', '.join(usual.columns) or 'none'}: give all the same"
             )
+        return prompt
+
+    prompts = list(usable(alike, prompts, left_out))
     kept = [prompt for prompt in prompts if longest is None or len(prompt.tokens) <= longest]
     if not kept:
         shortest = min(len(prompt.tokens) for prompt in prompts)

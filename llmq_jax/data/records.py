@@ -41,10 +41,7 @@ class Record(NamedTuple):
 
 
 def read_records(
-    path: DataPath,
-    columns: Sequence[str] | None = None,
-    needed: Mapping[str, str] | None = None,
-    string_field: str | None = None,
+    path: DataPath, columns: Sequence[str] | None = None, needed: Mapping[str, str] | None = None
 ) -> list[Record]:
     """All rows of a file, or of a folder's files, in order; raises BadInput when there is none.
 
@@ -55,9 +52,8 @@ def read_records(
 
     columns: names for a .csv or .tsv without a header, whose first line is a row then; in a folder for all of these.
     needed: {field: the option that chooses another one}; a table without such a column is refused before its first row.
-    string_field: where JSON has a string in place of an object, the field that it becomes; None refuses such a string.
     """
-    records = list(iterate_records(path, columns, needed=needed, string_field=string_field))
+    records = list(iterate_records(path, columns, needed=needed))
     if not records:
         raise BadInput(f"{path} holds no record")
     return records
@@ -90,6 +86,7 @@ def iterate_records(
 
     texts: the fields that are wanted, all of them text: a table that lacks one is refused before its first row, and of
     Parquet no other columns are read.
+    string_field: where JSON has a string in place of an object, the field that it becomes; None refuses such a string.
     """
     if isinstance(path, FolderFiles) or Path(path).is_dir():
         files = record_files(path)

@@ -6,7 +6,7 @@ anywhere, on any number of processes. Shuffling is grain's seeded permutation wi
 Shapes: N tokens in the stream, B rows of a batch, T = context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,8 +161,11 @@ def evaluation_batches(
     )
 
 
-def check_vocabulary(tokens: Integer[np.ndarray, "..."], vocab_size: int, where: str = "the data") -> None:
+def check_vocabulary(
+    tokens: Integer[np.ndarray, "..."] | Sequence[int], vocab_size: int, where: str = "the data"
+) -> None:
     """Raises BadInput, which names the first wrong id and its position, unless all ids lie in 0..vocab_size-1."""
+    tokens = np.asarray(tokens)
     if tokens.size == 0 or (tokens.max() < vocab_size and tokens.min() >= 0):
         return
     flat = tokens.reshape(-1)
@@ -194,7 +197,10 @@ def _with_documents(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, e
 def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
     """The rows of a batch that one of several processes reads. BadInput: they cannot be divided evenly."""
     if batch_size % process_count:
-        raise BadInput(f"a batch of {counted(batch_size, 'row')} cannot be divided among {process_count} processes")
+        raise BadInput(
+            f"a batch of {counted(batch_size, 'row')} cannot be divided among {process_count} processes; give a "
+            f"multiple of {process_count}"
+        )
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
 

@@ -21,6 +21,7 @@ from llmq_jax.interop.architectures import TABLES, weight_table
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tables import LazyTensor, Placement, WeightTable, experts_out_in, in_out, out_in
 from llmq_jax.interop.torch_files import open_torch
+from llmq_jax.layers.axes import is_stacked
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
@@ -80,7 +81,7 @@ def module_names(config: Any) -> dict[str, set[str]]:
             names[rule.key.removesuffix(".weight").split(".")[-1]] = {"token_embedding"}
     for site in sites_of(config):
         path = site.placement.path
-        inside = path[3:-1] if path[1].startswith("group_") else path[1:-1]
+        inside = path[3:-1] if is_stacked(path[1]) else path[1:-1]
         inside = (*inside, path[-1]) if site.of_experts else inside
         parts = site.module.split(".")
         for name in (parts[-1], ".".join(parts[-2:])):

@@ -33,6 +33,7 @@ from llmq_jax.interop.peft_whole import (
     whole_shapes,
 )
 from llmq_jax.interop.tables import Placement, equal, in_out
+from llmq_jax.layers.axes import is_stacked
 from llmq_jax.layers.lora import (
     DROPOUT,
     LORA,
@@ -112,7 +113,7 @@ def _names_of_files(config: Any, sites: list[Site]) -> tuple[dict[str, str], dic
     apart: dict[tuple[Any, ...], list[Placement]] = {}
     for part in weight_table(config.model_type).placements(config):
         module = part.key.removesuffix(".weight")
-        layer = part.path, part.slot[: 1 if part.path[1].startswith("group_") else 0]
+        layer = part.path, part.slot[: is_stacked(part.path[1])]
         site = in_memory.get(layer)
         if site is not None and part.slot != layer[1]:
             apart.setdefault(layer, []).append(part)
@@ -464,7 +465,7 @@ class _Reader:
         """(trained, fixed) leaves, stacked over all repetitions of a block: zero where a layer has no adapter, and
         padded to the largest rank."""
         kernel = self.shapes[("params", *path)]
-        layers = path[0].startswith("group_")
+        layers = is_stacked(path[0])
         axes = layers + entries[0][0].of_experts
         lead, width, features = kernel[:axes], kernel[axes], kernel[axes + 1 :]
         rank, flat = max(own[A].shape[-1] for _, own in entries), math.prod(features)

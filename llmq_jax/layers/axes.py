@@ -274,3 +274,8 @@ def replicated(tree: Any) -> Any:
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """A key path of jax.tree_util as strings."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the part of a collection with this name is a group of layers, whose arrays are stacked."""
+    return name.startswith("group_")

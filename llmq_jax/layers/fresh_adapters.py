@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
 from llmq_jax.errors import BadInput, close_names
-from llmq_jax.layers.axes import on_host
+from llmq_jax.layers.axes import is_stacked, on_host
 from llmq_jax.layers.lora import (
     DROPOUT,
     EXPERT_KERNELS,
@@ -149,7 +149,7 @@ def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection
 def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array) -> Adapter:
     """The adapter of one matrix, or of a stack of them; `in_layer` says which of the stack have one."""
     name = "/".join(path)
-    stacked = path[0].startswith("group_")
+    stacked = is_stacked(path[0])
     of_experts = path[-1] in EXPERT_KERNELS
     stack = stacked + of_experts
     width, features = kernel.shape[stack], kernel.shape[stack + 1 :]

@@ -42,7 +42,7 @@ from llmq_jax.training.recorder import Recorder, Step
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
 from llmq_jax.training.resuming import branch, branch_source, finished_result, open_folder, resume
-from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
@@ -151,6 +151,8 @@ def run(
             assert loop.checkpoints is not None
             result = finished_result(run_folder, loop.checkpoints, state, validation, loop.learning_rates)
             more = f"for more steps: another run with --branch-from {run_folder.path}, in Python branch_from"
+            if loop.checkpoints.latest_step() is None:
+                more = f"it has no checkpoint: to train it anew, remove {run_folder.path / FINISHED} first"
             print(f"{run_folder.path} is finished already; nothing to do ({more})", file=output)
         else:
             result = loop.train(output)

@@ -62,7 +62,7 @@ epoch s: zeros at the end do not count."""
 class SamplingCost:
     """What it took to get a step's answers."""
 
-    seconds: float = 0.0
+    seconds: float
     tokens: int = 0
     """Tokens of all rows that were sampled, prompts and replaced rows included."""
     silent: float = 0.0
@@ -151,10 +151,9 @@ class Loop:
     def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, SamplingCost]:
         """(answers of the current policy, their rewards, what sampling them took)."""
         step, prompts = int(batch["step"]), [int(index) for index in batch["prompts"]]
-        cost = SamplingCost()
         begin = time.monotonic()
         policy = self.policy(state.variables)
-        cost.seconds += time.monotonic() - begin
+        cost = SamplingCost(time.monotonic() - begin)
 
         def ask(prompts: list[int], attempt: int) -> tuple[Rollout, Scores]:
             begin = time.monotonic()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import whole
-from llmq_jax.layers.axes import FSDP, TENSOR, axis_sizes, dimensions, partition_spec, path_names
+from llmq_jax.layers.axes import FSDP, TENSOR, axis_sizes, dimensions, is_stacked, partition_spec, path_names
 from llmq_jax.training.roles import role, roles
 
 # Roles that weight decay pulls towards zero; norms and biases stay out.
@@ -185,7 +185,7 @@ def _require_as_named(path: tuple[str, ...], axes: int) -> None:
     """BadInput for a matrix in a group of layers, which are stacked, that has more dimensions than its module's name
     tells of, or fewer: others than its own would be taken for rows and columns."""
     named = dimensions(path)
-    in_group = any(name.startswith("group_") for name in path[:2])  # the name of a collection may come first
+    in_group = any(map(is_stacked, path[:2]))  # the name of a collection may come first
     if in_group and axes - 1 != len(named):
         raise BadInput(
             f"{'/'.join(path)} has {axes - 1} dimensions in a layer, and layers.axes.MODULES names {len(named)} of "

@@ -42,8 +42,7 @@ class RunResult:
 
     def figures(self) -> dict[str, Any]:
         """All but the state."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
-        return {name: getattr(self, name) for name in names}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "state"}
 
 
 def device_memory_bytes() -> int | None:

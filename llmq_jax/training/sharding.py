@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmq_jax.counts import counted
+from llmq_jax.data.windows import rows_of
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.axes import (
     AXES,
@@ -195,15 +196,11 @@ def _row_share(mesh: Mesh) -> tuple[int, int]:
 
 def own_rows(batch: dict[str, Any]) -> dict[str, Any]:
     """This process's rows, by `row_share`, of a batch that every process has whole."""
-    index, count = row_share().values()
+    share = row_share()
 
     def part(array: Any) -> Any:
-        if len(array) % count:
-            raise BadInput(
-                f"a batch of {counted(len(array), 'row')} cannot be divided among {count} processes; give a "
-                f"multiple of {count}"
-            )
-        return array[index * len(array) // count : (index + 1) * len(array) // count]
+        rows = rows_of(**share, batch_size=len(array))
+        return array[rows.start : rows.stop]
 
     return {name: part(array) for name, array in batch.items()}
 

@@ -159,6 +159,21 @@ def test_no_row_at_all_can_be_used(tmp_path):
     assert "--bad-rows" not in str(first.value)
 
 
+def test_prompts_with_other_fields_than_most(tmp_path):
+    """Rewards are given a column of each field. Which fields there are, most rows say, not the first."""
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": word, "answer": word} for word in "abcd"]
+    write(path, [{"prompt": "x"}, *rows, {"prompt": "y", "answer": "y", "level": 1}])
+    prompts, _ = read_prompts(path, ByteTokenizer(), left_out=(errors := []))
+    assert [prompt.text for prompt in prompts] == [*"abcd"]
+    assert [str(error) for error in errors] == [
+        f"{path}: line {line} has the fields {names} beside the prompt, and {path}: line 2 answer: give all the same"
+        for line, names in ((1, "none"), (6, "answer, level"))
+    ]
+    with pytest.raises(BadInput, match=r"line 1 has.*; 1 other row cannot be used either; --bad-rows drop leaves such"):
+        read_prompts(path, ByteTokenizer())
+
+
 def test_errors_are_listed_in_order():
     def half(number):
         if number % 2:

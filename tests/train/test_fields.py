@@ -120,3 +120,11 @@ def test_a_name_that_no_row_has(folder, capsys):
     assert capsys.readouterr().err.endswith(expected)
     assert ended("train.instruct", *OPTIONS, "--out=run") == 2
     assert "; --fields says what they are called in the file, as in output=response;" in capsys.readouterr().err
+
+
+def test_a_classifier_has_options_of_its_own(folder, capsys):
+    assert ended("train.classifier", *OPTIONS, "--out=run", "--fields=text=review") == 2
+    assert (
+        "--fields has no effect in classification, which reads --text-field and --label-field"
+        in capsys.readouterr().err
+    )

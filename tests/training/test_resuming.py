@@ -185,6 +185,18 @@ def test_finished_run_never_shows_the_state_of_an_earlier_step(whole, tmp_path):
     assert "is finished already" in said and (result.state, result.step) == (None, STEPS)
 
 
+def test_a_finished_run_without_a_checkpoint_says_how_to_train_it_anew(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints")
+    result, said = quiet(folder)
+    assert result.state is None and "run is finished already; nothing to do (it has no checkpoint: to " in said
+    assert "--branch-from" not in said
+    (folder / "finished.json").unlink()  # as it says
+    quiet(folder)
+    assert_same_run(whole, folder)
+
+
 def test_run_folder_of_the_caller_is_used_and_stays_locked(whole, tmp_path):
     with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
         quiet(folder)
