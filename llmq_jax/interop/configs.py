@@ -98,7 +98,7 @@ def read_labels(values: Mapping[str, Any]) -> tuple[str, ...] | None:
     if not any(name.endswith(CLASSIFIER) for name in architectures):
         return None
     problem = values.get("problem_type")
-    if not (problem is None or isinstance(problem, str)) or problem not in ONE_CLASS_A_TEXT:
+    if problem not in ONE_CLASS_A_TEXT:
         raise BadInput(f"problem_type={problem!r} is not supported: a text has one of the classes, not several")
     labels = _named_labels(values)
     if problem == "regression" and len(labels) > 1:

@@ -107,7 +107,7 @@ class Partitioner:
         """Count `whole` (n-1)/n bytes as sent, in each round of the loops around."""
         n = self.parts(axes)
         if n > 1:
-            names = "+".join(axis for axis, size in self.sizes.items() if axis in axes and size > 1)
+            names = "+".join(axis for axis in self.sizes if axis in axes)
             self.sent[kind, names] += whole * (n - 1) / n * self.rounds
 
     def is_weight(self, value: Value) -> bool:

@@ -63,6 +63,7 @@ def test_config_json():
     ("changes", "message"),
     [
         ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification' is not supported"),
+        ({"problem_type": ["regression"]}, "is not supported: a text has one of the classes"),
         ({"id2label": {"0": "a", "2": "b"}}, "does not number the classes 0, 1, ..."),
         ({"id2label": {}}, "does not number the classes"),
         ({"id2label": ["a", "b"]}, "does not number the classes"),

@@ -191,6 +191,7 @@ def test_variables_that_do_not_fit_are_refused():
             "of another shape (params/token_embedding/embedding is [11, 6] instead of [12, 6])",
         ),
         (variables, {"tie_word_embeddings": False}, "1 missing (params/lm_head/kernel)"),
+        (variables["params"], {"tie_word_embeddings": False}, "1 missing (params/lm_head/kernel)"),  # as a gradient is
         (
             {**variables, "lora": adapters},
             {},
