@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +58,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The run `name` of `project`. A resumed run sends some steps twice; W&B keeps the first, which are equal."""
+    """The run `name` of `project`. A resumed run sends some steps twice; W&B keeps the first, which are equal.
+    BadInput where W&B does not know the user, or cannot be reached."""
 
     def __init__(self, project: str, folder: str | Path, name: str, config: dict[str, Any]):
         require_wandb()
@@ -66,10 +68,17 @@ class WeightsAndBiases:
         folder = Path(folder)
         id_file = folder / WANDB_ID
         if not id_file.exists():
-            write_atomically(id_file, wandb.util.generate_id().encode())
-        self._run = wandb.init(
-            project=project, id=id_file.read_text(), name=name, dir=folder, config=config, resume="allow"
-        )
+            write_atomically(id_file, uuid.uuid4().hex.encode())
+        try:
+            self._run = wandb.init(
+                project=project, id=id_file.read_text(), name=name, dir=folder, config=config, resume="allow"
+            )
+        except wandb.Error as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise BadInput(
+                f"W&B did not begin: {said}; set WANDB_MODE=offline to send the run later, or leave the wandb "
+                "option out"
+            ) from None
 
     def write(self, record: Record) -> None:
         figures = {name: value for name, value in record.items() if name != "step" and value is not None}

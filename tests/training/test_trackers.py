@@ -1,9 +1,9 @@
+import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from compared_runs import quiet
@@ -12,7 +12,7 @@ from tiny_run import OPTIONS, Batches
 from llmq_jax.errors import BadInput
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
-from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases, require_wandb
+from llmq_jax.training.trackers import WANDB_ID, TensorBoard, require_wandb
 
 
 def events(folder):
@@ -65,7 +65,6 @@ def test_tensorboard_is_told_from_where_a_run_goes_on(tmp_path):
 
 
 def test_tensorboard_does_not_load_torch():
-    import subprocess
 
     code = (
         "import sys; from llmq_jax.training.trackers import _tensorboard_format; _tensorboard_format(); "
@@ -87,23 +86,65 @@ def test_wandb_that_is_not_installed_is_one_line_before_anything_runs(monkeypatc
         tiny_run.run(None, options=RunOptions(steps=2, wandb="project"))
 
 
-def test_wandb_resumes_under_the_same_id(monkeypatch, tmp_path):
-    calls = []
-    run = SimpleNamespace(
-        log=lambda figures, step: calls.append(("log", figures, step)), finish=lambda: calls.append("finish")
+def sent_offline(run_file):
+    """(id of the run, its options, the figures that were logged) in a file that W&B would send later. It is a log of
+    LevelDB: after 7 bytes, records of 4 bytes of checksum, 2 of length, and 1 that says 1 for a whole record."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, records = run_file.read_bytes()[7:], []
+    while data:
+        length, kind = int.from_bytes(data[4:6], "little"), data[6]
+        assert kind == 1
+        records.append(Record.FromString(data[7 : 7 + length]))
+        data = data[7 + length :]
+
+    def read(items):
+        return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    (begun,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    history = [read(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
+    return begun.run_id, read(begun.config.update), history
+
+
+def with_wandb(home, code, **variables):
+    """Standard output of a program with the real W&B. It has a process of its own, since W&B keeps settings, threads
+    and a service for all of one."""
+    program = (
+        "from pathlib import Path\n"
+        "from llmq_jax.errors import BadInput\n"
+        "from llmq_jax.training.trackers import WeightsAndBiases\n"
     )
-    fake = SimpleNamespace(
-        util=SimpleNamespace(generate_id=lambda: f"id{len(calls)}"),
-        init=lambda **arguments: (calls.append(arguments), run)[1],
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    apart = {"HOME": str(home), "NETRC": str(home / "none"), "WANDB_SILENT": "true"}
+    asked = [sys.executable, "-c", program + code]
+    done = subprocess.run(asked, env=kept | apart | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wandb_resumes_under_the_same_id(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "resumed" / WANDB_ID).write_text("that-of-before")
+    code = (
+        "for step, name in ((3, 'new'), (4, 'resumed')):\n"
+        f"    tracker = WeightsAndBiases('project', Path({str(tmp_path)!r}) / name, name, {{'lr': 1}})\n"
+        "    tracker.write({'step': step, 'loss': 0.5, 'none': None})\n"
+        "    tracker.close()\n"
     )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr(Path, "write_text", None)  # which a kill could tear
-    for _ in range(2):
-        tracker = WeightsAndBiases("project", tmp_path, "name", {"lr": 1})
-        tracker.write({"step": 3, "loss": 0.5, "none": None})
-        tracker.close()
-    init, *rest = calls[:3]
-    assert (init["project"], init["id"], init["resume"], init["config"]) == ("project", "id0", "allow", {"lr": 1})
-    assert rest == [("log", {"loss": 0.5}, 3), "finish"]
-    assert calls[3] == init
+    with_wandb(tmp_path, code, WANDB_MODE="offline")
+    files = [next((tmp_path / name / "wandb" / "latest-run").glob("*.wandb")) for name in ("new", "resumed")]
+    (new, options, logged), (resumed, _, later) = map(sent_offline, files)
+    assert new == (tmp_path / "new" / WANDB_ID).read_text() and options["lr"] == 1
+    assert resumed == "that-of-before"
+    figures = [{name: line.get(name) for name in ("_step", "loss", "none")} for line in logged + later]
+    assert figures == [{"_step": step, "loss": 0.5, "none": None} for step in (3, 4)]
+
+
+def test_wandb_that_does_not_know_the_user_is_bad_input(tmp_path):
+    code = (
+        f"try: WeightsAndBiases('project', {str(tmp_path)!r}, 'name', {{}})\nexcept BadInput as error: print(error)\n"
+    )
+    told = with_wandb(tmp_path, code)
+    assert told.startswith("W&B did not begin: No API key configured.")
+    assert told.count("\n") == 1 and "set WANDB_MODE=offline" in told
