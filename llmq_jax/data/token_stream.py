@@ -27,9 +27,14 @@ def encoded_blocks(
     tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True
 ) -> Iterator[np.ndarray]:
     """The stream of `encode_documents` in pieces `[n]`, each of about BLOCK_CHARACTERS of text. BadInput: the
-    tokenizer has no end-of-text token to append."""
+    tokenizer has no end-of-text token to append, or `documents` is one text, whose characters would be documents."""
+    if isinstance(documents, str):
+        raise BadInput("documents must be a list of texts, not one text: write [text]")
     if append_end_of_text and tokenizer.end_of_text is None:
-        raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
+        raise BadInput(
+            f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with: name one as eos_token in "
+            "tokenizer_config.json, beside its tokenizer.json, or train it with a special token <|endoftext|>"
+        )
     end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype)
     start = np.array(tokenizer.beginning, tokenizer.dtype)
     # A token that both begins and ends texts stands once between them.

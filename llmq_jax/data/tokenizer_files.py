@@ -47,11 +47,15 @@ class TokenizerFiles:
     contents: dict[str, bytes]
     source: str | Path
     """Where the files are from, for messages."""
+    file: str = "tokenizer.json"
+    """What the tokenizer.json is called there, for messages."""
 
     @classmethod
     def read(cls, file: Path) -> "TokenizerFiles":
         """The tokenizer.json `file`, which may have another name, and the companions in its folder."""
-        return cls({"tokenizer.json": file.read_bytes(), **cls.companions(file.parent).contents}, file.parent)
+        return cls(
+            {"tokenizer.json": file.read_bytes(), **cls.companions(file.parent).contents}, file.parent, file.name
+        )
 
     @classmethod
     def companions(cls, folder: Path) -> "TokenizerFiles":

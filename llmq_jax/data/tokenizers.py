@@ -354,7 +354,7 @@ class FileTokenizer(Tokenizer):
 
     def _as_bad_input(self, what: str) -> AbstractContextManager[None]:
         """BadInput for faults that tokenizers finds in the file, some of them only on use."""
-        return _rust_errors_as_bad_input(f"{self._files.source}: tokenizer.json cannot {what}")
+        return _rust_errors_as_bad_input(f"{self._files.source}: {self._files.file} cannot {what}")
 
     @cached_property
     def _cuts(self) -> re.Pattern[str] | None:

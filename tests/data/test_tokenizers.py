@@ -291,10 +291,21 @@ def test_a_token_that_begins_and_ends_texts_stands_once_between_them():
     assert encode_documents(Beginning(), ["a", "b"], append_end_of_text=False).tolist() == [256, 97, 256, 98]
 
 
+def test_one_text_in_place_of_documents_is_refused():
+    with pytest.raises(BadInput, match=r"documents must be a list of texts, not one text: write \[text\]"):
+        encode_documents(ByteTokenizer(), "ab")
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "my.txt").write_text("First Citizen:")
+    with pytest.raises(BadInput, match=r": my\.txt cannot be read"):
+        load_tokenizer(tmp_path / "my.txt")
+
+
 def test_encode_documents_needs_an_end_of_text_token(tmp_path):
     tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(BadInput, match="no end-of-text token"):
+    with pytest.raises(BadInput, match=r"no end-of-text token.*: name one as eos_token in tokenizer_config\.json"):
         encode_documents(load_tokenizer(tmp_path), ["a"])
     assert encode_documents(load_tokenizer(tmp_path), ["a"], append_end_of_text=False).tolist() == [0]
 
