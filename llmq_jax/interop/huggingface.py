@@ -230,22 +230,22 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
                 folder = fetched(DOWNLOADED_WITHOUT_SAFETENSORS)
     except BadInput:
         raise
-    except LocalEntryNotFoundError as error:
+    except LocalEntryNotFoundError:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "
             "offline)"
-        ) from error
-    except GatedRepoError as error:
+        ) from None
+    except GatedRepoError:
         raise BadInput(
             f"{name}: is given to those who accept its licence: do so on https://huggingface.co/{repository}, then log "
             "in by `hf auth login`, or set HF_TOKEN to a token of that account"
-        ) from error
-    except RepositoryNotFoundError as error:  # which the hub also says of what it does not show to strangers
+        ) from None
+    except RepositoryNotFoundError:  # which the hub also says of what it does not show to strangers
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub shows you no such model; check the "
             f"name, or, of a private or gated model, accept its licence on https://huggingface.co/{repository} and log "
             "in by `hf auth login`, or set HF_TOKEN"
-        ) from error
+        ) from None
     except Exception as error:  # no such revision, and what the HTTP library of hub's client raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
