@@ -213,7 +213,12 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
     files without weights, fetched unless it is there already. Only weights, JSON and text are fetched: no code, and no
     pickle where there are safetensors. `config`: see `find`."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repository, _, revision = name.partition("@")
 
@@ -246,7 +251,11 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
             f"name, or, of a private or gated model, accept its licence on https://huggingface.co/{repository} and log "
             "in by `hf auth login`, or set HF_TOKEN"
         ) from None
-    except Exception as error:  # no such revision, and what the HTTP library of hub's client raises
+    except RevisionNotFoundError:
+        raise BadInput(
+            f"{name}: the Hugging Face hub has {repository}, but no branch, tag or commit {revision!r} of it"
+        ) from None
+    except Exception as error:  # what the HTTP library of hub's client raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 import llmq_jax as lq
@@ -119,6 +119,15 @@ def test_what_the_hub_does_not_give_to_strangers(monkeypatch, kind, told):
     message = refused(load, "org/tiny@v1.0")
     assert message.startswith("org/tiny@v1.0: ") and told in message
     assert "https://huggingface.co/org/tiny" in message and "by `hf auth login`, or set HF_TOKEN" in message
+
+
+def test_a_revision_that_the_hub_has_not(monkeypatch):
+    def refusing(**wanted):
+        raise RevisionNotFoundError("404 Client Error.", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    told = "the Hugging Face hub has org/tiny, but no branch, tag or commit 'v2' of it"
+    assert refused(load, "org/tiny@v2") == f"org/tiny@v2: {told}"
 
 
 def test_a_name_with_a_revision_that_is_none():
