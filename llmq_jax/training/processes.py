@@ -9,6 +9,7 @@ process ends all: last_words.py.
 """
 
 import contextlib
+import glob
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from llmq_jax.training.signals import StopSignals
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NODELIST", "Kubernetes": "JOB_COMPLETION_INDEX"}
 """{cluster: environment variable that it sets for a process that may be one of several}"""
+DEVICE_FILES = "/dev/nvidia[0-9]*"
+"""One for each GPU of this machine, also of those that SLURM does not manage and does not tell of."""
 PATIENCE_SECONDS = 120
 """Time within which all processes must have joined."""
 
@@ -144,10 +147,15 @@ def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
     or JAX_LOCAL_DEVICE_IDS names them."""
     on_node = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     seen = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
-    count = on_node if seen is None else len([name for name in seen.split(",") if name not in ("", "-1", "NoDevFiles")])
+    tasks = _tasks_on_node(environment)
+    if seen is not None:
+        count = len([name for name in seen.split(",") if name not in ("", "-1", "NoDevFiles")])
+    elif tasks == 1:
+        count = on_node or len(glob.glob(DEVICE_FILES))
+    else:
+        count = on_node
     if not count or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
-    tasks = _tasks_on_node(environment)
     own = count * tasks <= on_node if on_node else "SLURM_GPUS_PER_TASK" in environment
     tasks = 1 if own else tasks
     if count % tasks:

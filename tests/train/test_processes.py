@@ -352,8 +352,18 @@ def test_what_one_process_lacks_ends_both(begin):
         ({"SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
     ],
 )
-def test_the_gpus_of_a_task(told, gpus):
+def test_the_gpus_of_a_task(monkeypatch, told, gpus):
+    monkeypatch.setattr("llmq_jax.training.processes.DEVICE_FILES", "none")
     assert gpus_of_task({"SLURM_LOCALID": "0", **told}) == gpus
+
+
+def test_the_gpus_of_a_task_that_slurm_does_not_manage(monkeypatch, tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("llmq_jax.training.processes.DEVICE_FILES", f"{tmp_path}/nvidia[0-9]*")
+    assert gpus_of_task({"SLURM_LOCALID": "0"}) == [0, 1]
+    assert gpus_of_task({"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}) is None  # JAX gives one to each
+    assert gpus_of_task({"SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": ""}) is None
 
 
 def test_gpus_that_tasks_cannot_share():
