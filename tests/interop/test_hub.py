@@ -1,7 +1,14 @@
 """Models and tokenizers by the names that the Hugging Face hub has for them: what is fetched, and what is said."""
 
+import contextlib
+import hashlib
+import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +126,75 @@ def test_what_the_hub_does_not_give_to_strangers(monkeypatch, kind, told):
     message = refused(load, "org/tiny@v1.0")
     assert message.startswith("org/tiny@v1.0: ") and told in message
     assert "https://huggingface.co/org/tiny" in message and "by `hf auth login`, or set HF_TOKEN" in message
+
+
+@contextlib.contextmanager
+def a_hub(folder, repository, revision):
+    """The address of a server that answers, as the hub does, what its client asks of one repository."""
+    commit = "0" * 40
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            api, files = f"/api/models/{repository}/", f"/{repository}/resolve/{commit}/"
+            here = self.path.split("?")[0]
+            names = sorted(path.name for path in folder.iterdir())
+            if here in (f"{api}revision/{revision}", f"{api}revision/{commit}"):
+                self.answer({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in names]})
+            elif here == f"{api}tree/{commit}":
+                sizes = {name: (folder / name).stat().st_size for name in names}
+                self.answer([{"type": "file", "path": name, "size": sizes[name], "oid": name} for name in names])
+            elif here.startswith(files):
+                asked.append(here.removeprefix(files))
+                self.answer((folder / asked[-1]).read_bytes())
+            else:
+                self.answer({}, 404, "RevisionNotFound" if here.startswith(api) else "RepoNotFound")
+
+        do_HEAD = do_GET
+
+        def answer(self, body, status=200, error=""):
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            tag = hashlib.sha256(body).hexdigest()
+            headers = {"Content-Length": len(body), "ETag": f'"{tag}"', "X-Repo-Commit": commit, "X-Error-Code": error}
+            for name, value in headers.items():
+                if value != "":
+                    self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+
+        def log_message(self, *told):
+            pass
+
+    asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.exhaustive
+def test_the_hubs_own_client_fetches_a_model_without_its_code(folder, tmp_path):
+    """In a process of its own: the client reads its variables once."""
+    (folder / "modeling_tiny.py").write_text("raise SystemExit('code of the model was run')")
+    code = (
+        "import sys, llmq_jax as lq\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(lq.load(name).logits([[1, 2]]).shape)\n"
+        "    except lq.BadInput as error: print(error)\n"
+    )
+    names = ["org/tiny@v1", "org/tiny@v2", "org/other"]
+    with a_hub(folder, "org/tiny", "v1") as (address, asked):
+        variables = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        command = [sys.executable, "-c", code, *names]
+        done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=300)
+    shape, revision, repository = done.stdout.splitlines() or [done.stderr] * 3
+    assert shape == "(1, 2, 37)"
+    assert "has org/tiny, but no branch, tag or commit 'v2' of it" in revision
+    assert "shows you no such model" in repository
+    assert {"config.json", "model.safetensors"} <= set(asked) and "modeling_tiny.py" not in asked
 
 
 def test_a_revision_that_the_hub_has_not(monkeypatch):
