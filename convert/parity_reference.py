@@ -16,7 +16,7 @@ from zlib import crc32
 
 import numpy as np
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, first_line
 from llmq_jax.interop import config_to_hf
 from llmq_jax.interop.architectures import config_table
 from llmq_jax.models import ARCHITECTURES, override
@@ -202,8 +202,7 @@ def load(folder: Path, dtype: str = "float32") -> Any:
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
     except Exception as error:  # its exceptions are of many types
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadInput(f"{folder}: transformers cannot load it ({reason[0]})") from error
+        raise BadInput(f"{folder}: transformers cannot load it ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers draws these at random, and says so in a warning at most.

@@ -50,6 +50,11 @@ def is_text(character: str) -> bool:
     return character.isprintable() or kind == "Zs" or (kind == "Cf" and character not in _TURNING)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """ "did you mean a or b?" with the nearest of the known names, or all of them where none is near."""
     known = list(known)

@@ -19,7 +19,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
-from llmq_jax.errors import BadInput, at_place, no_such_path
+from llmq_jax.errors import BadInput, at_place, first_line, no_such_path
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
     config_from_hf,
@@ -256,9 +256,8 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
             f"{name}: the Hugging Face hub has {repository}, but no branch, tag or commit {revision!r} of it"
         ) from None
     except Exception as error:  # what the HTTP library of hub's client raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"
+            f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({first_line(error)})"
         ) from error
     if not folder.is_dir():  # nothing was fetched
         raise BadInput(

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmq_jax.errors import BAD_INPUT, BadInput
+from llmq_jax.errors import BAD_INPUT, BadInput, first_line
 from llmq_jax.training.last_words import last_words
 from llmq_jax.training.signals import StopSignals
 
@@ -100,7 +100,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=10 * PATIENCE_SECONDS)
         except Exception as error:  # a cluster may not tell all; JAX's code for Kubernetes raises errors of its own
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+            said = first_line(error)[:200].rstrip(".")
             raise BadInput(
                 f"processes cannot be joined: {said}; give --coordinator, --processes and --process, or --processes 1"
             ) from None
@@ -150,10 +150,8 @@ def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
     tasks = _tasks_on_node(environment)
     if seen is not None:
         count = len([name for name in seen.split(",") if name not in ("", "-1", "NoDevFiles")])
-    elif tasks == 1:
-        count = on_node or len(glob.glob(DEVICE_FILES))
     else:
-        count = on_node
+        count = on_node or (len(glob.glob(DEVICE_FILES)) if tasks == 1 else 0)
     if not count or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
     own = count * tasks <= on_node if on_node else "SLURM_GPUS_PER_TASK" in environment

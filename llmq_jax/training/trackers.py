@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmq_jax.atomic_files import AppendedFile, write_atomically
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, first_line
 from llmq_jax.training.metrics import VALIDATION, Record
 
 WANDB_ID = "wandb_id.txt"
@@ -74,10 +74,9 @@ class WeightsAndBiases:
                 project=project, id=id_file.read_text(), name=name, dir=folder, config=config, resume="allow"
             )
         except wandb.Error as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise BadInput(
-                f"W&B did not begin: {said}; set WANDB_MODE=offline to send the run later, or leave the wandb "
-                "option out"
+                f"W&B did not begin: {first_line(error).rstrip('.')}; set WANDB_MODE=offline to send the run later, or "
+                "leave the wandb option out"
             ) from None
 
     def write(self, record: Record) -> None:
