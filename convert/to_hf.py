@@ -98,6 +98,7 @@ def type_written(lm: Any, dtype: str | None) -> str:
 
 def write_adapter(lm: Any, options: Options) -> None:
     from llmq_jax.adapters import save_adapter
+    from llmq_jax.interop.peft_writer import taken_for_experts
 
     for name in ("dtype", "max_shard_size"):
         if getattr(options, name) is not None:
@@ -110,7 +111,8 @@ def write_adapter(lm: Any, options: Options) -> None:
     labels = lm.config.labels
     kind, sizes = ("CausalLM", "") if labels is None else ("SequenceClassification", f", num_labels={len(labels)}")
     with_base = f', or peft.AutoPeftModelFor{kind}.from_pretrained("{folder}"{sizes})' if base.for_peft else ""
-    print(f'next: peft.PeftModel.from_pretrained(base, "{folder}"){with_base}')
+    if taken_for_experts(lm.variables, lm.config) is None:
+        print(f'next: peft.PeftModel.from_pretrained(base, "{folder}"){with_base}')
 
 
 def command_for(lm: Any, folder: str) -> str:

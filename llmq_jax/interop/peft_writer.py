@@ -78,8 +78,7 @@ def write_adapter(
     everywhere = [site._replace(module=named(site.module)) for site in sites_of(config)]
     sites = [site for site in everywhere if site.placement.path[1:] in found]
     _refuse_what_peft_lacks(sites, found)
-    # PEFT's TinyLoRA has no parameters, which experts are: with those, it is written as the LoRA that it equals.
-    tiny = any(NUMBERS in trained for trained, _ in found.values()) and not any(site.is_parameter for site in sites)
+    tiny = _is_tiny(sites, found)
     in_short = everywhere if prefix == ALONE else None
     tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, in_short)
     whole = {name: named(module_name(config, name)) for name in variables[LORA_FIXED].get(WHOLE, {})}
@@ -96,10 +95,9 @@ def write_adapter(
     }
     folder = Path(folder).expanduser().resolve()
     check_target(folder, overwrite, CONFIG, EXPORTED)
-    taken = [site.module for site in sites if site.module.endswith(TAKEN_FOR_EXPERTS) and not site.of_experts]
-    if not tiny and taken and any(site.of_experts for site in everywhere):
+    if taken := taken_for_experts(variables, config):
         warn(
-            f"PEFT {PEFT_VERSION} takes {taken[0]} and its like for experts, and refuses this folder or loads it "
+            f"PEFT {PEFT_VERSION} takes {named(taken)} and its like for experts, and refuses this folder or loads it "
             "without their adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere"
         )
     with whole_folder(folder) as partial:
@@ -109,6 +107,24 @@ def write_adapter(
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, partial / CARD)
     return folder
+
+
+def taken_for_experts(variables: dict[str, Any], config: Any) -> str | None:
+    """The first module with adapters that PEFT takes for experts, so that it does not load them; None where it loads
+    all."""
+    everywhere, found = sites_of(config), adapters(spread(variables))
+    sites = [site for site in everywhere if site.placement.path[1:] in found]
+    if _is_tiny(sites, found) or not any(site.of_experts for site in everywhere):
+        return None
+    return next(
+        (site.module for site in sites if site.module.endswith(TAKEN_FOR_EXPERTS) and not site.of_experts), None
+    )
+
+
+def _is_tiny(sites: list[Site], found: Mapping[tuple[str, ...], Any]) -> bool:
+    """Whether these are written as PEFT's TinyLoRA. That has no parameters, which experts are: with those, they are
+    written as the LoRA that they equal."""
+    return any(NUMBERS in trained for trained, _ in found.values()) and not any(site.is_parameter for site in sites)
 
 
 def _refuse_what_peft_lacks(sites: list[Site], found: Mapping[tuple[str, ...], Any]) -> None:

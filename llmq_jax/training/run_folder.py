@@ -263,7 +263,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
 
     def change(before: Any, after: Any) -> str:
         texts = [value if value is absent else text_of(value) for value in (before, after)]
-        return " -> ".join(texts if texts[0] != texts[1] else map(json.dumps, (before, after)))
+        contents = " (other contents)" if all(map(is_digest, (before, after))) else ""
+        return " -> ".join(texts if texts[0] != texts[1] else map(json.dumps, (before, after))) + contents
 
     pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
     return [
@@ -275,10 +276,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
     ]
 
 
+def is_digest(value: Any) -> bool:
+    """Whether this is a SHA-256."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 def text_of(value: Any) -> str:
     """A value of a config as JSON, for people: without rounding errors in the last digits of a number, and of a SHA-256
     the first twelve digits."""
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+    if is_digest(value):
         value = value[:12]
 
     def rounded(value: Any) -> Any:

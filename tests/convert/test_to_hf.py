@@ -1,7 +1,9 @@
 """python -m convert.to_hf of what fine-tuning made: what goes beside adapters, the base that they name, types."""
 
+import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer, FileTokenizer
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
+from tests.models.test_deepseek3 import TINY as DEEPSEEK
 from tests.programs import ended
 
 TEMPLATE = (
@@ -101,6 +104,18 @@ def test_adapters_keep_the_chat_template_and_the_end_tokens(here, folder, tmp_pa
     (out / "training_args.bin").write_bytes(b"")
     assert ended("convert.to_hf", "run", out, "--adapter", "--overwrite") == 2
     assert "holds training_args.bin, so it is no earlier export" in capsys.readouterr().err
+
+
+def test_what_peft_cannot_load_is_not_told_to_be_loaded_with_it(tmp_path, capsys):
+    config = dataclasses.replace(DEEPSEEK, num_nextn_predict_layers=0)
+    lm = LanguageModel(config, lq.build(config), lq.init(config, seed=1), ByteTokenizer())
+    base = lq.save_hf(lm, tmp_path / "base")
+    for targets, loads in (("attention", True), ("all-linear", False)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lq.save_adapter(lq.lora(lm, rank=1, targets=targets), tmp_path / targets, base=str(base))
+            assert ended("convert.to_hf", tmp_path / targets, tmp_path / f"out {targets}", "--adapter") == 0
+        assert ("next: peft." in capsys.readouterr().out) == loads
 
 
 def named_base(capsys, source, out, *arguments):

@@ -94,6 +94,11 @@ def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits(tm
     assert differences(before, after) == ["rate 0.0003 -> 0.001", "betas [0.3, 1] -> [0.4, 1]"]
     assert differences({"clip": float("nan")}, {"clip": float("nan"), "rate": None}) == []
     assert differences({"rate": 0.3}, {"rate": 0.1 + 0.2}) == ["rate 0.3 -> 0.30000000000000004"]
+    one, other = "1" * 64, "1" * 12 + "2" * 52
+    assert differences({"sha256": "0" * 64}, {"sha256": one}) == [
+        f'sha256 "{"0" * 12}" -> "{one[:12]}" (other contents)'
+    ]
+    assert differences({"sha256": one}, {"sha256": other}) == [f'sha256 "{one}" -> "{other}" (other contents)']
     folders = [tmp_path / name for name in "ab"]
     for folder, rate in zip(folders, (0.3, 0.1 + 0.2), strict=True):
         RunFolder(folder, {"rate": rate, "minimum": rate / 10 if rate == 0.3 else 0.04}).close()
