@@ -57,7 +57,7 @@ class TrainingBatches:
 
 
 def training_batches(
-    tokens: Integer[np.ndarray, " N"],
+    tokens: Integer[np.ndarray, " N"] | Sequence[int],
     *,
     context: int,
     batch_size: int,
@@ -90,7 +90,7 @@ def training_batches(
     if windows >= 2**32:
         raise BadInput(f"{windows} windows are more than grain can shuffle (2**32): use a longer context")
     return TrainingBatches(
-        tokens=tokens,
+        tokens=np.asanyarray(tokens),
         context=context,
         seed=seed,
         end_of_text=end_of_text if separate_documents else None,
@@ -132,7 +132,7 @@ class EvaluationBatches:
 
 
 def evaluation_batches(
-    tokens: Integer[np.ndarray, " N"],
+    tokens: Integer[np.ndarray, " N"] | Sequence[int],
     *,
     context: int,
     batch_size: int,
@@ -153,7 +153,7 @@ def evaluation_batches(
             f"the evaluation text has {counted(len(tokens), 'token')} and needs at least 2: use a longer text"
         )
     return EvaluationBatches(
-        tokens=tokens,
+        tokens=np.asanyarray(tokens),
         context=context,
         end_of_text=end_of_text if separate_documents else None,
         batch_size=batch_size,

@@ -28,6 +28,9 @@ def test_shapes_and_types():
     }
     assert np.array_equal(batch["targets"], batch["tokens"] + 1), "targets are the tokens that follow"
     assert batch["mask"].all()
+    for make in (training_batches, evaluation_batches):
+        listed, array = (make(tokens, context=7, batch_size=3)[0] for tokens in (list(range(100)), stream(100)))
+        assert equal(listed, array)
 
 
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**40))
