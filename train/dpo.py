@@ -26,7 +26,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.host_copies import to_host
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.answers import end_of_answer, ending_with, prompts_to_ask, questioner
-from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
+from train.chat_templates import chat_template_digest, in_style, tell_of_no_end, with_text_options
 from train.devices import on_devices
 from train.exports import next_commands
 from train.options import (
@@ -140,7 +140,10 @@ def main(options: Options) -> Any:
         f"{source.model.attention_choice()}",
         flush=True,
     )
-    converses = not asked_plain and tokenizer.chat_template is not None
+    # Strings as they are may hold any format, so that only Alpaca's is one to ask in from now on.
+    in_alpacas = options.template == "alpaca"
+    saved_tokenizer = in_style(options, [pair.chosen for pair in training], tokenizer) if in_alpacas else tokenizer
+    converses = not asked_plain and saved_tokenizer.chat_template is not None
     parts = {"training": learned, "validation": held_out}
     digests = digests_of(parts, numbered) | chat_template_digest(options, tokenizer)
     recorded = {"recipe": "train.dpo", **own_options(options), **digests}
@@ -190,7 +193,7 @@ def main(options: Options) -> Any:
             run_options(options),
             folder=folder,
             model_config=config,
-            tokenizer=TextFiles(tokenizer, source.generation),
+            tokenizer=TextFiles(saved_tokenizer, source.generation),
             schedule=schedule,
             evaluate=evaluate,
             sample=ask,

@@ -9,6 +9,7 @@ import pytest
 import llmq_jax as lq
 import train.dpo
 from llmq_jax.data import ByteTokenizer
+from llmq_jax.data.prompt_templates import style_of
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import abstract_variables
@@ -87,6 +88,14 @@ def test_what_is_preferred_becomes_likelier(dpo, tmp_path, drawn):
     assert "KL to the reference on 1 sampled answer: " in output
     assert float(output.split("sampled answer: ")[1].split()[0]) != 0  # of either sign: an estimate by few answers
     assert lq.load(tmp_path / "run").tokenizer is not None
+
+
+def test_a_run_on_alpacas_records_is_asked_as_it_learned(dpo, tmp_path):
+    records = [{"instruction": f"Say {word}.", "input": "", "chosen": word, "rejected": "no"} for word in WORDS]
+    (tmp_path / "alpaca.json").write_text(json.dumps(records))
+    code, output, errors = dpo("--data=alpaca.json", "--steps=1", "--sample-every=0", "--evaluate-every=0")
+    assert (code, errors) == (0, "") and "(template: alpaca)" in output and "\n  llmq chat run\n" in output
+    assert style_of(lq.load("run").tokenizer.chat_template) == "alpaca"
 
 
 OWN = (
