@@ -152,11 +152,14 @@ class _Vocabulary:
         return [(left, right) for left, _, right in parts]
 
     def merges_by_score(self) -> list[tuple[str, str]]:
-        """All pairs of tokens that join to a third token, ordered by its score, the highest first."""
+        """All pairs of tokens that join to a third token, ordered by its score, the highest first. Of pairs with equal
+        scores llama.cpp joins the leftmost, so that a run of spaces, whose tokens have one score, grows from its left:
+        as it does where longer tokens come first."""
         scores = self._list("scores", float, len(self.tokens))
-        ordinary = {token for token, kind in zip(self.tokens, self.kinds, strict=True) if kind == NORMAL}
+        pairs = zip(self.tokens, self.kinds, strict=True)
+        ordinary = {token for token, kind in pairs if kind in (NORMAL, USER_DEFINED)}
         merges = []
-        for number in sorted(range(len(self.tokens)), key=lambda i: -scores[i]):
+        for number in sorted(range(len(self.tokens)), key=lambda i: (-scores[i], -len(self.tokens[i]))):
             token = self.tokens[number]
             if token in ordinary:
                 halves = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]

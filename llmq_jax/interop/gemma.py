@@ -3,6 +3,7 @@
 - `hf`: transformers' `Gemma3ForCausalLM` and `Gemma2ForCausalLM`. Linear layers are torch's, stored (out, in); norms
   hold w of 1 + w, as ours do. A tied head is not in the file. Files of the models without a head leave out the prefix
   `model.`.
+- `gguf`: the names of llama.cpp, where norms hold 1 + w.
 
 The multimodal model (`model_type` "gemma3") is a vision tower and a projector beside a `gemma3_text`, whose tensors are
 `language_model.model...` in most files, and `model.language_model...` in some and in transformers' memory. The text
@@ -10,8 +11,10 @@ model alone is read, and exported as such; what is left out is named in one warn
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3
@@ -19,7 +22,7 @@ from llmq_jax.interop.configs import CLASSIFIER_FIELDS, GROUPED, NULL_DROPOUT, C
 from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.qwen import with_norms
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
-from llmq_jax.interop.tables import Shape, rule, vector
+from llmq_jax.interop.tables import Shape, Transform, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 
@@ -36,7 +39,39 @@ GEMMA3 = replace(
     within={"language_model.": "", "model.language_model.": "model."},
     beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
 )
-GEMMA3_LAYOUTS, GEMMA2_LAYOUTS = {"hf": GEMMA3}, {"hf": GEMMA2}
+
+
+@dataclass(frozen=True)
+class OneMore(Transform):
+    """Theirs is ours and 1."""
+
+    def to_ours(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
+        return super().to_ours(theirs - 1, shape)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        return super().to_theirs(ours + 1)
+
+
+def with_one_more(table: WeightTable) -> WeightTable:
+    """The table with norms that hold 1 + w."""
+    one_more = OneMore(vector.merge)
+    changed = (
+        entry._replace(transform=one_more) if entry.path.endswith("norm/scale") else entry for entry in table.rules
+    )
+    return replace(table, rules=tuple(changed))
+
+
+GGUF_NORMS = (
+    rule("blk.{layer}.post_attention_norm.weight", "{block}/post_attention_norm/scale", vector),
+    rule("blk.{layer}.ffn_norm.weight", "{block}/mlp_norm/scale", vector),
+    rule("blk.{layer}.post_ffw_norm.weight", "{block}/post_mlp_norm/scale", vector),
+)
+GGUF = llama3.in_halves(llama3.LAYOUTS["gguf"]).with_rules("{block}/mlp_norm/scale", *GGUF_NORMS)
+GEMMA2_LAYOUTS = {"hf": GEMMA2, "gguf": with_one_more(GGUF)}
+GEMMA3_LAYOUTS = {
+    "hf": GEMMA3,
+    "gguf": with_one_more(with_norms(GGUF, "blk.{layer}.attn_q_norm", "blk.{layer}.attn_k_norm")),
+}
 
 
 def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Models in GGUF files: config, weights, tokenizer and chat template, all of them in one file's metadata and tensors.
 
-Source: ggml-org/llama.cpp (`convert_hf_to_gguf.py` writes such files, `src/llama-model.cpp` reads them). Architectures:
-llama, as llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same; qwen2 (Qwen 2 and 2.5);
-qwen3 (the dense models of Qwen 3).
+Source: ggml-org/llama.cpp (`convert_hf_to_gguf.py` writes such files, `src/models/` reads them). Architectures: llama,
+as llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same, Mixtral among them; qwen2 (Qwen
+2 and 2.5); qwen3 and qwen3moe; gemma2; gemma3 (the text model: vision is in a file of its own).
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,17 +16,35 @@ from llmq_jax.errors import BadInput, at_place, warn
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
 from llmq_jax.interop.huggingface import Contents, is_hf, read_state
+from llmq_jax.models.config import GLOBAL, LOCAL
+from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 from llmq_jax.models.llama3 import Llama3Config
-from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
+from llmq_jax.models.mixtral import MixtralConfig
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 LAYOUT = "gguf"
-ARCHITECTURES: dict[str, type[Llama3Config]] = {"llama": Llama3Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+class Kinds(NamedTuple):
+    """The configs of an architecture's models, None where it has none of the kind."""
+
+    dense: type[Llama3Config] | type[Gemma2Config] | None
+    of_experts: type[MixtralConfig] | None = None
+
+
+ARCHITECTURES = {
+    "llama": Kinds(Llama3Config, MixtralConfig),
+    "qwen2": Kinds(Qwen2Config),
+    "qwen3": Kinds(Qwen3Config),
+    "qwen3moe": Kinds(None, Qwen3MoeConfig),
+    "gemma2": Kinds(Gemma2Config),
+    "gemma3": Kinds(Gemma3Config),
+}
 """By `general.architecture`."""
 EMBEDDING, QUERY, HEAD, ROPE_DIVISORS = "token_embd.weight", "blk.0.attn_q.weight", "output.weight", "rope_freqs.weight"
 
 FIXED = {
     "attention.causal": True,
-    "expert_count": 0,
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
@@ -34,6 +52,9 @@ FIXED = {
 }
 """{metadata key that changes what is computed, without its prefix: the only value that we compute}."""
 HARMLESS = ("expert_used_count", "rope.scaling.finetuned", "tensor_data_layout")
+SCALED_BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3": 62}
+"""{architecture: layers of its model of 27 billion parameters}: the one that divides attention's scores by the square
+root of hidden_size / heads, not of a head's width. No metadata tell, and llama.cpp goes by the layers, too."""
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 """Tokens with which chat models end a turn, for files that do not name theirs."""
@@ -88,8 +109,12 @@ class _Metadata:
         }
         self._read = {*FIXED, *HARMLESS}
 
-    def config(self) -> Llama3Config:
+    def config(self) -> Llama3Config | Gemma2Config:
         self._check_fixed()
+        experts, (dense, of_experts) = self._integer("expert_count", 0), ARCHITECTURES[self._architecture]
+        kind = of_experts if experts else dense
+        if kind is None:
+            raise BadInput(f"{self._architecture}.expert_count={experts} is not supported for this architecture")
         vocab_size, layers = self._integer("vocab_size", self._rows(EMBEDDING)), self._integer("block_count")
         heads, width = self._integer("attention.head_count"), self._integer("embedding_length")
         head_dim = self._head_dim(width // max(heads, 1))
@@ -104,27 +129,76 @@ class _Metadata:
             if value != found:
                 raise BadInput(f"{self._architecture}.{key} is {value}, but the file has {found} {what}")
         context = self._integer("context_length")
-        attention_bias, output_bias = (f"blk.0.attn_{part}.bias" in self._tensors for part in ("q", "output"))
-        config = ARCHITECTURES[self._architecture](
-            vocab_size=vocab_size,
-            max_position_embeddings=context,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=self._integer("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            intermediate_size=self._integer("feed_forward_length"),
-            rms_norm_eps=self._number("attention.layer_norm_rms_epsilon"),
-            rope_parameters=self._rope(context),
-            attention_bias=attention_bias,
-            attention_output_bias=None if output_bias == attention_bias else output_bias,
-            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
-            tie_word_embeddings=HEAD not in self._tensors,
-        )
+        fields: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "max_position_embeddings": context,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._integer("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": self._integer("feed_forward_length"),
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": self._rope(context),
+            "tie_word_embeddings": HEAD not in self._tensors,
+        }
+        fields |= self._gemma_fields(fields) if issubclass(kind, Gemma2Config) else self._biases()
+        if experts:
+            fields |= self._expert_fields(experts, fields["intermediate_size"])
+        config = kind(**fields)
         unknown = sorted(set(self._values) - self._read)
         if unknown:
             warn(f"unknown metadata is ignored: {', '.join(unknown)}")
         return config
+
+    def _biases(self) -> dict[str, Any]:
+        attention_bias, output_bias = (f"blk.0.attn_{part}.bias" in self._tensors for part in ("q", "output"))
+        return {
+            "attention_bias": attention_bias,
+            "attention_output_bias": None if output_bias == attention_bias else output_bias,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self._tensors,
+        }
+
+    def _expert_fields(self, experts: int, width: int) -> dict[str, Any]:
+        """llama.cpp renormalises the weights of the chosen experts in all of these models."""
+        chosen = self._integer("expert_used_count")
+        fields: dict[str, Any] = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+        if self._architecture == "llama":
+            return fields
+        own_width = self._integer("expert_feed_forward_length", width // max(chosen, 1))
+        return fields | {"moe_intermediate_size": own_width, "norm_topk_prob": True}
+
+    def _gemma_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """What Gemma's models have besides; what a file leaves out is as in llama.cpp."""
+        own: dict[str, Any] = {}
+        if self._architecture == "gemma2":
+            every, window = 2, 4096
+            own["attn_logit_softcapping"] = self._number("attn_logit_softcapping", 50.0)
+            own["final_logit_softcapping"] = self._number("final_logit_softcapping", 30.0)
+        else:
+            every, window = 6, 0
+            own["final_logit_softcapping"] = self._number("final_logit_softcapping", 0.0) or None
+            own["local_rope_parameters"] = {"rope_theta": self._number("rope.freq_base_swa", 10_000.0)}
+        if fields["rope_parameters"]["rope_type"] not in ("default", "linear"):
+            raise BadInput(f"{self._architecture} with RoPE that is scaled otherwise than linearly is not supported")
+        layers = fields["num_hidden_layers"]
+        window = self._integer("attention.sliding_window", window)
+        own["layer_types"] = self._layer_types(every, layers) if window else [GLOBAL] * layers
+        if window:
+            own["sliding_window"] = min(window, fields["max_position_embeddings"])
+        by_hidden_size = layers == SCALED_BY_HIDDEN_SIZE[self._architecture]
+        width = fields["hidden_size"] // fields["num_attention_heads"] if by_hidden_size else fields["head_dim"]
+        return own | {"query_pre_attn_scalar": width}
+
+    def _layer_types(self, every: int, layers: int) -> list[str]:
+        """Of each layer, by default every `every`th of them global. A file may have another distance, or a flag for
+        each layer that is true if it is local."""
+        key = "attention.sliding_window_pattern"
+        pattern = self._get(key, every)
+        if isinstance(pattern, list) and len(pattern) >= layers:
+            return [LOCAL if flag else GLOBAL for flag in pattern[:layers]]
+        every = self._integer(key, every)
+        return [LOCAL if every == 0 or layer % every < every - 1 else GLOBAL for layer in range(layers)]
 
     def _check_fixed(self) -> None:
         for key, supported in FIXED.items():

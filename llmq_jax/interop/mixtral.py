@@ -4,6 +4,8 @@
   in). Files hold one tensor for each matrix of each expert: w1 is the gate, w3 the up projection that it multiplies, w2
   the down projection. Others hold all experts of a layer in one tensor, as transformers has them in memory
   (`gate_up_proj`: the gate's rows first). Both are read, one or the other throughout; the former is written.
+- `gguf`: llama.cpp's names for Llama, and one tensor for each of the three matrices of all experts; in files from
+  before April 2024 one for each matrix of each expert.
 """
 
 from collections.abc import Mapping
@@ -44,7 +46,22 @@ APART = llama3.LAYOUTS["hf"].with_rules(
     rule(f"{MOE}.experts.{{expert}}.w2.weight", "{block}/moe/down_kernel", out_in),
     rule(f"{MOE}.experts.{{expert}}.w3.weight", "{block}/moe/up_kernel", out_in, at=UP),
 )
-LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
+GGUF_ROUTER = rule("blk.{layer}.ffn_gate_inp.weight", "{block}/moe/router/kernel", out_in)
+GGUF_EXPERTS = (
+    GGUF_ROUTER,
+    rule("blk.{layer}.ffn_gate_exps.weight", "{block}/moe/up_kernel", experts_out_in, at=(..., 0, np.s_[:])),
+    rule("blk.{layer}.ffn_up_exps.weight", "{block}/moe/up_kernel", experts_out_in, at=(..., 1, np.s_[:])),
+    rule("blk.{layer}.ffn_down_exps.weight", "{block}/moe/down_kernel", experts_out_in),
+)
+GGUF_APART = llama3.LAYOUTS["gguf"].with_rules(
+    "final_norm/scale",
+    GGUF_ROUTER,
+    rule("blk.{layer}.ffn_gate.{expert}.weight", "{block}/moe/up_kernel", out_in, at=GATE),
+    rule("blk.{layer}.ffn_up.{expert}.weight", "{block}/moe/up_kernel", out_in, at=UP),
+    rule("blk.{layer}.ffn_down.{expert}.weight", "{block}/moe/down_kernel", out_in),
+)
+GGUF = llama3.LAYOUTS["gguf"].with_rules("final_norm/scale", *GGUF_EXPERTS)
+LAYOUTS = {"hf": replace(APART, spellings=(FUSED,)), "gguf": replace(GGUF, spellings=(GGUF_APART,))}
 
 
 def with_usual_experts(config: Any) -> Any:

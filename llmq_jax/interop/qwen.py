@@ -4,7 +4,7 @@
   of queries and keys. `Qwen3MoeForCausalLM` has experts besides: files hold one tensor for each matrix of each expert,
   or all experts of a layer in one, as Mixtral's do.
 - `gguf`: the names of llama.cpp, likewise; unlike Llama's, Qwen's queries and keys keep the order of their features
-  there.
+  there. The experts are as in Mixtral's.
 
 Older files say which layers have a window by `use_sliding_window`, `sliding_window` and `max_window_layers`, from which
 layer on; newer ones by `layer_types` as well. Both are read and both written. With experts all layers have the window,
@@ -44,7 +44,10 @@ APART, FUSED = (
     QWEN3_LAYOUTS["hf"].with_rules("final_norm/scale", mixtral.ROUTER, *experts)
     for experts in (mixtral.APART_EXPERTS, mixtral.FUSED_EXPERTS)
 )
-QWEN3_MOE_LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
+QWEN3_MOE_LAYOUTS = {
+    "hf": replace(APART, spellings=(FUSED,)),
+    "gguf": QWEN3_LAYOUTS["gguf"].with_rules("final_norm/scale", *mixtral.GGUF_EXPERTS),
+}
 
 
 def read_window(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -277,13 +277,14 @@ def test_without_a_pre_tokenizer_or_kinds_of_tokens(gpt2_metadata):
 
 
 class SentencePieceReference:
-    """SentencePiece's BPE (Kudo and Richardson 2018): of all pairs that make a token, that with the highest score."""
+    """SentencePiece's BPE (Kudo and Richardson 2018): of all pairs that make a token, that with the highest score; the
+    leftmost of several."""
 
     def __init__(self, metadata):
         self.ids = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
         kinds = metadata["tokenizer.ggml.token_type"]
         scores = metadata["tokenizer.ggml.scores"]
-        self.scores = {token: scores[number] for token, number in self.ids.items() if kinds[number] == 1}
+        self.scores = {token: scores[number] for token, number in self.ids.items() if kinds[number] in (1, 4)}
 
     def encode(self, text: str) -> list[int]:
         parts = list("▁" + text.replace(" ", "▁")) if text else []
@@ -331,6 +332,16 @@ def test_sentencepiece_against_the_algorithm(sentencepiece_metadata):
         assert ids == reference.encode(text), repr(text)
         assert tokenizer.decode(ids) == text.replace("▁", " "), repr(text)
     assert any(3 <= i < 259 for i in tokenizer.encode("你")), "a character that is in no token becomes bytes"
+
+
+def test_runs_of_spaces_as_tokens_of_a_user(sentencepiece_metadata):
+    """As in early files of Gemma, all with one score: llama.cpp joins them from the left."""
+    metadata, added = dict(sentencepiece_metadata), [("▁" * length, 4, -1000.0) for length in range(2, 9)]
+    for name, values in zip(("tokens", "token_type", "scores"), zip(*added, strict=True), strict=True):
+        metadata[f"tokenizer.ggml.{name}"] = [*metadata[f"tokenizer.ggml.{name}"], *values]
+    tokenizer, reference = gguf_tokenizer(metadata, "x"), SentencePieceReference(metadata)
+    for length in range(40):
+        assert tokenizer.encode(text := f"a{' ' * length}b") == reference.encode(text), length
 
 
 def test_sentencepiece_special_tokens(sentencepiece_metadata):

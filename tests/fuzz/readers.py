@@ -109,8 +109,8 @@ LLAMA = Llama3Config(
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
 
 
-def gguf_file(path: Path, template: str = TEMPLATE) -> None:
-    writer = gguf.GGUFWriter(path / "model.gguf", "llama")
+def gguf_file(path: Path, template: str = TEMPLATE, architecture: str = "llama") -> None:
+    writer = gguf.GGUFWriter(path / "model.gguf", architecture)
     for add, value in (
         (writer.add_block_count, 1),
         (writer.add_context_length, 16),
@@ -128,7 +128,22 @@ def gguf_file(path: Path, template: str = TEMPLATE) -> None:
     ):
         add(value)
     blocks = {"attn_q": (4, 4), "attn_k": (2, 4), "attn_v": (2, 4), "attn_output": (4, 4)}
-    blocks |= {"ffn_gate": (4, 4), "ffn_up": (4, 4), "ffn_down": (4, 4), "attn_norm": (4,), "ffn_norm": (4,)}
+    blocks |= {"attn_norm": (4,), "ffn_norm": (4,)}
+    if architecture == "qwen3moe":
+        writer.add_expert_count(2)
+        writer.add_expert_used_count(1)
+        writer.add_expert_feed_forward_length(3)
+        blocks |= {"ffn_gate_exps": (2, 3, 4), "ffn_up_exps": (2, 3, 4), "ffn_down_exps": (2, 4, 3)}
+        blocks |= {"ffn_gate_inp": (2, 4)}
+    else:
+        blocks |= {"ffn_gate": (4, 4), "ffn_up": (4, 4), "ffn_down": (4, 4)}
+    if architecture != "llama":
+        blocks |= {"attn_q_norm": (2,), "attn_k_norm": (2,)}
+    if architecture == "gemma3":
+        writer.add_sliding_window(8)
+        writer.add_sliding_window_pattern([True])
+        writer.add_final_logit_softcapping(30.0)
+        blocks |= {"post_attention_norm": (4,), "post_ffw_norm": (4,)}
     shapes = {f"blk.0.{name}.weight": shape for name, shape in blocks.items()}
     for name, shape in {"token_embd.weight": (7, 4), "output_norm.weight": (4,), **shapes}.items():
         writer.add_tensor(name, np.ones(shape, np.float32))
@@ -476,7 +491,14 @@ OLD_INFO = {"step": 5, "tokens": 50, "validation_loss": 1.5, "version": 1}
 OPTIONS = {"heat": float, "betas": tuple[float, float], "cream": bool, "spices": tuple[str, ...]}
 READERS: dict[str, Reader] = {
     "gguf": Reader(files_of(gguf_file), read_gguf_file),
-    "gguf to model": Reader(files_of(gguf_file), lambda folder: read_gguf(folder / "model.gguf"), cost=10),
+    **{
+        f"gguf of {architecture} to model": Reader(
+            files_of(functools.partial(gguf_file, architecture=architecture)),
+            lambda folder: read_gguf(folder / "model.gguf"),
+            cost=10,
+        )
+        for architecture in ("llama", "qwen3moe", "gemma3")
+    },
     "tensorflow": Reader(checkpoint_files("types"), lambda folder: read_all(open_tensorflow(checkpoint_index(folder)))),
     "tensorflow index with right checksums": Reader(
         tensorflow_blocks, lambda folder: read_all(open_tensorflow(folder / "model.ckpt.index")), write_tensorflow

@@ -42,14 +42,36 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.experts.gate_proj": "ffn_gate_exps.weight",
+    "mlp.experts.up_proj": "ffn_up_exps.weight",
 }
+GEMMAS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+"""{transformers' model_type: llama.cpp's name, where it is another one}."""
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, names: dict[str, str]) -> str:
     name = name.replace("model.layers.", "blk.")
-    for theirs, ours in NAMES.items():
-        name = name.replace(f"{theirs}.", f"{ours}.")
+    for theirs, ours in names.items():
+        name = f"{name}.".replace(f"{theirs}.", f"{ours}.").removesuffix(".")
     return name
+
+
+def tensors_of(model):
+    """{transformers' name: array}, the experts' gates and up projections as two tensors."""
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        if name.endswith("gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), np.split(array, 2, axis=1), strict=True):
+                yield name.replace("gate_up_proj", part), half
+        else:
+            yield name, array
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -73,11 +95,12 @@ def llama3_divisors(rope: dict, width: int) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
-def write_llama(path, model, change=None, kind="F32") -> None:
+def write_llama(path, model, change=None, kind="F32", experts_apart=False) -> None:
     """A model of transformers as llama.cpp's converter writes it, with a vocabulary of bytes."""
     config, rope = model.config, model.config.rope_parameters
-    is_llama = config.model_type == "llama"
-    writer = GGUFWriter(path, config.model_type)
+    is_llama, is_gemma = config.model_type in ("llama", "mixtral"), config.model_type.startswith("gemma")
+    rope = rope.get("full_attention", rope)  # llama.cpp knows the other base of local layers by itself
+    writer = GGUFWriter(path, ARCHITECTURES.get(config.model_type, config.model_type))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -100,18 +123,34 @@ def write_llama(path, model, change=None, kind="F32") -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, width))
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if is_gemma:
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if change is not None:
         change(writer)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if is_llama else {}
-    for name, tensor in model.state_dict().items():
+    for name, array in tensors_of(model):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        array = tensor.numpy()
+        if is_gemma and name.endswith("norm.weight"):
+            array = array + 1
         for part, count in heads.items():
             if f".{part}." in name:
                 array = permuted(array, count)
-        raw_kind = GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), quantize(np.ascontiguousarray(array), raw_kind), raw_dtype=raw_kind)
+        raw_kind = GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
+        short, parts = gguf_name(name, NAMES | GEMMAS if is_gemma else NAMES), {"": array}
+        if experts_apart and "_exps" in short:
+            short, parts = short.replace("_exps.weight", ".{}.weight"), dict(enumerate(array))
+        for number, part in parts.items():
+            stored = quantize(np.ascontiguousarray(part), raw_kind)
+            writer.add_tensor(short.format(number), stored, raw_dtype=raw_kind)
     write(writer)
 
 

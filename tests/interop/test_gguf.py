@@ -93,20 +93,116 @@ def test_qwen_against_transformers(tmp_path, name):
     np.testing.assert_allclose(their_logits(exported), their_logits(model), atol=LOGITS)
 
 
+GEMMA = {"head_dim": 16, "sliding_window": 8, "tie_word_embeddings": True, "num_key_value_heads": 1}
+OTHERS = {
+    "mixtral": ("mixtral", {"num_local_experts": 4}, {}),
+    "qwen 3 with experts": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    "gemma 2": ("gemma2", {**GEMMA, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}, {}),
+    "gemma 3": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+        {},
+    ),
+    "gemma 3, what files may say": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 4,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+        {
+            "final_logit_softcapping": 3.0,
+            "rope.freq_base_swa": 300.0,
+            "attention.sliding_window_pattern": [True, False, False, True],
+        },
+    ),
+    "gemma 3, another distance": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        {"attention.sliding_window_pattern": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_experts_and_gemma_against_transformers(tmp_path, name):
+    model_type, changes, written = OTHERS[name]
+
+    def change(writer):
+        for key, value in written.items():
+            add = {float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}[type(value)]
+            add(f"{writer.arch}.{key}", value)
+
+    model = make_model(model_type, **changes)
+    write_llama(tmp_path / "model.gguf", model, change)
+    lm = load(tmp_path / "model.gguf")
+    assert lm.config.model_type == model_type
+    expected = their_logits(model)
+    np.testing.assert_allclose(lm.logits(TOKENS), expected, atol=LOGITS)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(save_hf(lm, tmp_path / "hf")).eval()
+    np.testing.assert_allclose(their_logits(exported), expected, atol=LOGITS)
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_the_largest_gemmas_scale_scores_by_the_hidden_size(tmp_path, model_type, layers):
+    for count, expected in ((layers, 8), (layers - 1, 16)):
+        model = make_model(model_type, **GEMMA, num_hidden_layers=count)
+        write_llama(tmp_path / "model.gguf", model)
+        assert load(tmp_path / "model.gguf").config.query_pre_attn_scalar == expected
+
+
+def test_older_files_of_mixtral(tmp_path):
+    """Before April 2024 each matrix of each expert was a tensor."""
+    model = make_model("mixtral", num_local_experts=3)
+    write_llama(tmp_path / "model.gguf", model, experts_apart=True)
+    np.testing.assert_allclose(load(tmp_path / "model.gguf").logits(TOKENS), their_logits(model), atol=LOGITS)
+
+
 def as_stored(model, kind: str):
     """The model with the weights that a file of that type stands for."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:
                 stored = quantize(parameter.numpy(), GGMLQuantizationType[kind])
                 parameter.copy_(torch.tensor(dequantize(stored, GGMLQuantizationType[kind])))
     return model
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1"])
-def test_quantised_models(tmp_path, kind):
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_quantised_models(tmp_path, kind, model_type):
     """The logits are those of transformers with the weights that the blocks stand for."""
-    model = make_model(intermediate_size=64, tie_word_embeddings=True)
+    model = make_model(model_type, intermediate_size=64, tie_word_embeddings=True)
     path = tmp_path / "model.gguf"
     write_llama(path, model, kind=kind)
     np.testing.assert_allclose(load(path).logits(TOKENS), their_logits(as_stored(model, kind)), atol=LOGITS)
@@ -217,7 +313,7 @@ def test_what_a_file_leaves_out_is_as_in_llama_cpp(tmp_path, written, rope):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda w: w.add_uint32("llama.expert_count", 8), "llama.expert_count=8 is not supported, only 0"),
+        (lambda w: w.add_uint32("llama.expert_count", 8), "the metadata lacks llama.expert_used_count"),
         (lambda w: w.add_value_length(4), "and its values 4; supported are models where the three are equal"),
         (lambda w: w.add_key_length(16), "its keys have 16 features a head, of which RoPE turns 8"),
         (
@@ -260,11 +356,31 @@ def test_numbers_that_the_tensors_do_not_confirm(tiny, tmp_path, key):
 
 def test_other_architectures(tmp_path):
     path = tmp_path / "other.gguf"
-    writer = GGUFWriter(path, "qwen3moe")
+    writer = GGUFWriter(path, "qwen2moe")
     writer.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
     write(writer)
     message = refused(load, path)
-    assert "holds a model of the architecture 'qwen3moe'; supported are llama, qwen2, qwen3" in message
+    assert "holds a model of the architecture 'qwen2moe'; supported are llama, qwen2, qwen3, qwen3moe" in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value", "reason"),
+    [
+        ("qwen2", "expert_count", 8, "qwen2.expert_count=8 is not supported for this architecture"),
+        ("gemma3_text", "rope.scaling.type", "yarn", "gemma3 with RoPE that is scaled otherwise than linearly is not"),
+        ("gemma3_text", "attention.sliding_window_pattern", [True], "sliding_window_pattern=[True] is not an integer"),
+        ("gemma2", "attn_logit_softcapping", 0.0, "attn_logit_softcapping=0.0 must be positive and finite, or None"),
+    ],
+)
+def test_metadata_of_experts_and_gemma_that_are_not_supported(tmp_path, model_type, key, value, reason):
+    def change(writer):
+        kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        writer.kv_data[0].pop(f"{writer.arch}.{key}", None)
+        kinds[type(value)](f"{writer.arch}.{key}", value)
+        writer.add_float32(f"{writer.arch}.rope.scaling.factor", 4.0)
+
+    write_llama(tmp_path / "model.gguf", make_model(model_type, head_dim=8, sliding_window=8), change)
+    assert reason in refused(load, tmp_path / "model.gguf")
 
 
 def test_missing_metadata(tmp_path):
