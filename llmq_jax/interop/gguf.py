@@ -5,7 +5,8 @@ as llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute th
 2 and 2.5); qwen3 and qwen3moe; gemma2; gemma3 (the text model: vision is in a file of its own).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from llmq_jax.errors import BadInput, at_place, warn
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
 from llmq_jax.interop.huggingface import Contents, is_hf, read_state
+from llmq_jax.interop.tensor_files import TensorFiles
 from llmq_jax.models.config import GLOBAL, LOCAL
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 from llmq_jax.models.llama3 import Llama3Config
@@ -56,6 +58,9 @@ SCALED_BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3": 62}
 """{architecture: layers of its model of 27 billion parameters}: the one that divides attention's scores by the square
 root of hidden_size / heads, not of a head's width. No metadata tell, and llama.cpp goes by the layers, too."""
 
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+"""The name of a file that holds a part of a model."""
+
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 """Tokens with which chat models end a turn, for files that do not name theirs."""
 
@@ -68,33 +73,54 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path, config: Any = None, dtype: Any = None) -> Contents:
-    """Read a GGUF file, or the only one in a folder; a given `config` takes the place of the file's, or changes it."""
-    file = _only_file(path)
-    gguf = open_gguf(file)
+    """Read a GGUF file or the parts of one, or the only model in a folder; a given `config` takes the place of the
+    file's, or changes it."""
+    file, *others = _files_of(path)
+    gguf = _with_parts(file, others)
     with at_place(file):
-        _check_kind(gguf.metadata)
+        _check_architecture(gguf.metadata)
         config, variables = read_state(gguf.tensors, LAYOUT, config, dtype, _Metadata(gguf).config)
         tokenizer = gguf_tokenizer(gguf.metadata, file.stem)
         generation = GenerationConfig() if tokenizer is None else generation_config(gguf.metadata)
     return Contents(config, variables, tokenizer, generation)
 
 
-def _only_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    found = sorted(path.glob("*.gguf"))
-    if len(found) != 1:
+def _files_of(path: Path) -> list[Path]:
+    """The file, or the only one in a folder; of a model in parts, named as llama.cpp names them, all of them."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    parts = [PART.fullmatch(file.name) for file in found]
+    models = {(part[1], part[3]) if part else file.name for file, part in zip(found, parts, strict=True)}
+    if len(models) != 1:
         raise BadInput(f"{path}: holds {len(found)} GGUF files ({', '.join(file.name for file in found)}); name one")
-    return found[0]
+    if parts[0] is None:
+        return found
+    name, count = parts[0][1], parts[0][3]
+    folder, wanted = found[0].parent, (f"{name}-{number:05}-of-{count}.gguf" for number in range(1, int(count) + 1))
+    there = {file.name for file in folder.glob("*.gguf")}
+    whole = [file for file in wanted if file in there]
+    if len(whole) != int(count):
+        raise BadInput(f"{folder}: {int(count) - len(whole)} of the {int(count)} parts of {name} are not there")
+    return [folder / file for file in whole]
 
 
-def _check_kind(metadata: Mapping[str, Any]) -> None:
-    architecture, parts = metadata.get("general.architecture"), metadata.get("split.count", 1)
+def _with_parts(file: Path, others: Sequence[Path]) -> GGUF:
+    """A model's metadata, which stand in its first file, and its tensors."""
+    opened = {each: open_gguf(each) for each in (file, *others)}
+    for number, (each, part) in enumerate(opened.items()):
+        told, count = (part.metadata.get(f"split.{name}", default) for name, default in (("no", 0), ("count", 1)))
+        if (told, count) != (number, len(opened)):
+            raise BadInput(
+                f"{each}: is part {told!r:.20} of {count!r:.20} of a model, counted from 0, and not {number} of "
+                f"{len(opened)}; parts are found by their names, such as model-00001-of-00003.gguf"
+            )
+    return GGUF(opened[file].metadata, TensorFiles({each: part.tensors for each, part in opened.items()}))
+
+
+def _check_architecture(metadata: Mapping[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise BadInput(f"holds a model of the architecture {architecture!r:.60}; supported are {supported}")
-    if parts != 1:
-        raise BadInput(f"is one of {parts} parts of a model; join them (llama-gguf-split --merge) and load the whole")
 
 
 class _Metadata:

@@ -95,12 +95,12 @@ def llama3_divisors(rope: dict, width: int) -> np.ndarray:
     return np.array(divisors, np.float32)
 
 
-def write_llama(path, model, change=None, kind="F32", experts_apart=False) -> None:
+def write_llama(path, model, change=None, kind="F32", experts_apart=False, **split) -> None:
     """A model of transformers as llama.cpp's converter writes it, with a vocabulary of bytes."""
     config, rope = model.config, model.config.rope_parameters
     is_llama, is_gemma = config.model_type in ("llama", "mixtral"), config.model_type.startswith("gemma")
     rope = rope.get("full_attention", rope)  # llama.cpp knows the other base of local layers by itself
-    writer = GGUFWriter(path, ARCHITECTURES.get(config.model_type, config.model_type))
+    writer = GGUFWriter(path, ARCHITECTURES.get(config.model_type, config.model_type), **split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

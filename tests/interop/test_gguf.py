@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE
+from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import END_OF_TURN, generation_config
 from llmq_jax.interop.huggingface import save_hf
@@ -93,7 +94,8 @@ def test_qwen_against_transformers(tmp_path, name):
     np.testing.assert_allclose(their_logits(exported), their_logits(model), atol=LOGITS)
 
 
-GEMMA = {"head_dim": 16, "sliding_window": 8, "tie_word_embeddings": True, "num_key_value_heads": 1}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_key_value_heads": 1}
+GEMMA |= {"tie_word_embeddings": True}
 OTHERS = {
     "mixtral": ("mixtral", {"num_local_experts": 4}, {}),
     "qwen 3 with experts": (
@@ -108,12 +110,11 @@ OTHERS = {
         },
         {},
     ),
-    "gemma 2": ("gemma2", {**GEMMA, "query_pre_attn_scalar": 16, "num_hidden_layers": 3}, {}),
+    "gemma 2": ("gemma2", {**GEMMA, "num_hidden_layers": 3}, {}),
     "gemma 3": (
         "gemma3_text",
         {
             **GEMMA,
-            "query_pre_attn_scalar": 16,
             "num_hidden_layers": 7,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
@@ -126,7 +127,6 @@ OTHERS = {
         "gemma3_text",
         {
             **GEMMA,
-            "query_pre_attn_scalar": 16,
             "num_hidden_layers": 4,
             "final_logit_softcapping": 3.0,
             "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
@@ -145,7 +145,6 @@ OTHERS = {
         "gemma3_text",
         {
             **GEMMA,
-            "query_pre_attn_scalar": 16,
             "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
@@ -246,6 +245,30 @@ def test_several_files_in_a_folder(tiny, tmp_path):
     assert "holds 2 GGUF files (a.gguf, b.gguf); name one" in refused(load, tmp_path)
 
 
+def test_a_model_in_parts(tmp_path):
+    """As llama.cpp's converter splits it: the whole by any of its parts, or by their folder."""
+    model, folder = make_model("gemma3_text", **GEMMA), tmp_path / "parts"
+    folder.mkdir()
+    write_llama(folder / "m.gguf", model, add_vocabulary, split_max_tensors=12)
+    parts = sorted(folder.iterdir())
+    assert [part.name for part in parts] == [f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for path in (folder, *parts):
+        lm = load(path)
+        np.testing.assert_allclose(lm.logits(TOKENS), their_logits(model), atol=LOGITS)
+        assert lm.tokenizer is not None
+    (folder / "other.gguf").write_bytes(b"")
+    assert "holds 4 GGUF files" in refused(load, folder)
+    last = parts[-1].read_bytes()
+    parts[-1].write_bytes(parts[1].read_bytes())
+    with pytest.raises(
+        BadInput, match=r"00003-of-00003.gguf: is part 1 of 3 of a model, counted from 0, and not 2 of 3"
+    ):
+        load(parts[0])
+    parts[-1].rename(folder / "x.gguf").write_bytes(last)
+    with pytest.raises(BadInput, match="parts: 1 of the 3 parts of m are not there"):
+        load(parts[0])
+
+
 def test_a_layout_would_have_no_effect(tiny):
     assert "is a GGUF file; layout='original' would have no effect" in refused(load, tiny, layout="original")
 
@@ -321,7 +344,10 @@ def test_what_a_file_leaves_out_is_as_in_llama_cpp(tmp_path, written, rope):
             "'longrope' is not supported, only none, linear",
         ),
         (lambda w: w.add_float32("llama.rope.scaling.attn_factor", 2.0), "attn_factor=2.0 is not supported, only 1.0"),
-        (lambda w: w.add_uint16("split.count", 3), "is one of 3 parts of a model; join them"),
+        (
+            lambda w: w.add_uint16("split.count", 3),
+            "is part 0 of 3 of a model, counted from 0, and not 0 of 1; parts are",
+        ),
         (
             lambda w: w.add_tensor("blk.2.attn_norm.weight", np.ones(32, np.float32)),
             "block_count is 2, but the file has 3 layers",
