@@ -62,6 +62,8 @@ DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
 # Patterns match across slashes, and subfolders hold other formats of the same weights.
 NOT_DOWNLOADED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin")
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+GGUF_NAME = r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)"
+"""A GGUF file on the hub: "org/name/file.gguf"."""
 
 
 class Contents(NamedTuple):
@@ -188,8 +190,9 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
 
 def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any = None) -> Path:
     """The path of a model: one that exists, or the local copy of what the hub has under this name ("org/name", or
-    "org/name@revision" for one commit, tag or branch of it). With `tokenizer` no weights are fetched; nor are they for
-    a model whose `config.json` is refused, unless a whole `config` is given, which takes its place.
+    "org/name@revision" for one commit, tag or branch of it; "org/name/file.gguf" for one file). With `tokenizer` no
+    weights are fetched; nor are they for a model whose `config.json` is refused, unless a whole `config` is given,
+    which takes its place.
 
     The hub is not asked for a name that can only be a path: `runs/mien` where there is a folder `runs`.
     """
@@ -198,7 +201,8 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any =
         return path
     name = str(name)
     is_path = name.startswith(".") or ("/" in name and path.parent.is_dir())
-    if is_path or not re.fullmatch(rf"{HUB_NAME}(@[\w./-]+)?", name):
+    names = HUB_NAME if tokenizer else f"({HUB_NAME}|{GGUF_NAME})"
+    if is_path or not re.fullmatch(rf"{names}(@[\w./-]+)?", name):
         raise BadInput(no_such_path(name))
     return _download(name, tokenizer, config)
 
@@ -221,12 +225,19 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
     )
 
     repository, _, revision = name.partition("@")
+    file = re.fullmatch(GGUF_NAME, repository)
+    repository = file[1] if file else repository
 
     def fetched(patterns: Sequence[str]) -> Path:
         wanted: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(NOT_DOWNLOADED)}
         return Path(snapshot_download(repo_id=repository, revision=revision or None, **wanted))
 
     try:
+        if file:  # of a model in parts all of them
+            path = fetched([re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-?????\1", file[2])]) / file[2]
+            if not path.is_file():
+                raise BadInput(f"{name}: the Hugging Face hub has {repository}, but no {file[2]} in it")
+            return path
         folder = fetched(TOKENIZER_DOWNLOADED)
         if not tokenizer:
             _refuse_by_config(folder, config)
@@ -259,10 +270,10 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({first_line(error)})"
         ) from error
-    if not folder.is_dir():  # nothing was fetched
+    if not folder.is_dir() or not (tokenizer or is_hf(folder) or is_adapter(folder)):
         raise BadInput(
-            f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, fetch one and "
-            "give its path"
+            f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, name one: "
+            f"{repository}/FILE.gguf"
         )
     return folder
 

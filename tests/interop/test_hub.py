@@ -22,6 +22,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.model_files import load
 from llmq_jax.models.gpt2 import GPT2Config
 from tests.byte_fallback import fallback_tokenizer
+from tests.interop.llama_cpp import make_model, write_llama
 from tests.interop.refusals import refused
 from tests.weights import draw_variables
 
@@ -108,6 +109,35 @@ def test_what_the_hub_does_not_give_is_told_in_a_line(tmp_path, monkeypatch):
     assert "the Hugging Face hub did not give it (peer closed connection)" in refused(load, "org/tiny")
 
 
+def test_a_gguf_file_of_the_hub(tmp_path, monkeypatch):
+    """By its name there, alone or with the other parts of its model."""
+    there = ["README.md", "config.json", "m-Q8_0.gguf", "all/m-00001-of-00002.gguf", "all/m-00002-of-00002.gguf"]
+    model = make_model()
+
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        assert (repo_id, revision) == ("org/tiny-GGUF", "v1")
+        wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        fetched.extend(wanted)
+        (tmp_path / "all").mkdir(exist_ok=True)
+        if "config.json" in wanted:
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        if "m-Q8_0.gguf" in wanted:
+            write_llama(tmp_path / "m-Q8_0.gguf", model)
+        if len(wanted) == 2:
+            write_llama(tmp_path / "all" / "m.gguf", model, split_max_tensors=len(model.state_dict()) - 3)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for name, files in (("m-Q8_0.gguf", there[2:3]), ("all/m-00002-of-00002.gguf", there[3:])):
+        fetched: list[str] = []
+        lm = load(f"org/tiny-GGUF/{name}@v1")
+        assert (lm.config.model_type, fetched) == ("llama", files)
+    assert "the Hugging Face hub has org/tiny-GGUF, but no x.gguf in it" in refused(load, "org/tiny-GGUF/x.gguf@v1")
+    for path in tmp_path.glob("*.gguf"):
+        path.unlink()
+    assert "of GGUF files, name one: org/tiny-GGUF/FILE.gguf" in refused(load, "org/tiny-GGUF@v1")
+
+
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
@@ -178,20 +208,21 @@ def a_hub(folder, repository, revision):
 def test_the_hubs_own_client_fetches_a_model_without_its_code(folder, tmp_path):
     """In a process of its own: the client reads its variables once."""
     (folder / "modeling_tiny.py").write_text("raise SystemExit('code of the model was run')")
+    write_llama(folder / "m.gguf", make_model())
     code = (
         "import sys, llmq_jax as lq\n"
         "for name in sys.argv[1:]:\n"
         "    try: print(lq.load(name).logits([[1, 2]]).shape)\n"
         "    except lq.BadInput as error: print(error)\n"
     )
-    names = ["org/tiny@v1", "org/tiny@v2", "org/other"]
+    names = ["org/tiny@v1", "org/tiny@v2", "org/other", "org/tiny/m.gguf@v1"]
     with a_hub(folder, "org/tiny", "v1") as (address, asked):
         variables = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         command = [sys.executable, "-c", code, *names]
         done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, timeout=300)
-    shape, revision, repository = done.stdout.splitlines() or [done.stderr] * 3
-    assert shape == "(1, 2, 37)"
+    shape, revision, repository, of_gguf = done.stdout.splitlines() or [done.stderr] * 4
+    assert (shape, of_gguf) == ("(1, 2, 37)", "(1, 2, 300)")
     assert "has org/tiny, but no branch, tag or commit 'v2' of it" in revision
     assert "shows you no such model" in repository
     assert {"config.json", "model.safetensors"} <= set(asked) and "modeling_tiny.py" not in asked
