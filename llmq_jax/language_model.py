@@ -278,7 +278,9 @@ class LanguageModel:
             )
         inputs = self._inputs(tokens, lengths, positions, segment_ids)
         if inputs[0].shape[1] <= depth:
-            raise BadInput(f"{depth} modules of multi-token prediction need more than {depth} tokens in a row")
+            modules = f"{counted(depth, 'module')} of multi-token prediction"
+            width = counted(inputs[0].shape[1], "token")
+            raise BadInput(f"a row of {width} is too short for {modules}; give {depth + 1} or more")
         logits: tuple[Array, ...] = _apply(self.model, self.variables, *inputs, "mtp_logits")
         return logits
 

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -26,6 +26,7 @@ import numpy as np
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, close_names, did_you_mean
+from llmq_jax.field_types import scalar
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -357,9 +358,14 @@ def _called(
     arguments = copy.deepcopy({"prompts": prompts, "completions": completions, **columns})
     try:
         returned = function(**arguments)
-        values = list(returned)
+        values = list(returned) if isinstance(scalar(returned), Iterable) else None
     except FAULTS as error:
         raise BadInput(f"the reward {name!r} failed with {_error_line(error)}{_place(error, function)}") from error
+    if values is None:
+        raise BadInput(
+            f"the reward {name!r} returned {_shown(returned)}; it must return a list: a number, or None, for each "
+            "completion"
+        )
     if len(values) != len(completions):
         raise BadInput(
             f"the reward {name!r} returned {counted(len(values), 'value')} for {len(completions)} completions"

@@ -256,7 +256,12 @@ LINE = refuse.__code__.co_firstlineno + 1
             lambda completions: [0],
             "the reward 'mine' takes no 'prompts', which it is given: end its arguments with **_",
         ),
-        (lambda prompts, completions, **_: None, "the reward 'mine' failed with TypeError: 'NoneType' object"),
+        (
+            lambda prompts, completions, **_: None,
+            "the reward 'mine' returned None; it must return a list: a number, or None, for each completion",
+        ),
+        (lambda prompts, completions, **_: 3.0, "the reward 'mine' returned 3.0; it must return a list"),
+        (lambda prompts, completions, **_: np.float32(3), "the reward 'mine' returned np.float32(3.0); it must return"),
         (lambda prompts, completions, **_: [1.0], "the reward 'mine' returned 1 value for 2 completions"),
         (one_of(lambda text: float("nan")), "the reward 'mine' returned nan for completion 0; it must return a finite"),
         (one_of(lambda text: 1.0 if text == "x" else float("-inf")), "returned -inf for completion 1"),

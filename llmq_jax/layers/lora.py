@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import check_fields, has_type, scalar
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
@@ -45,6 +45,7 @@ STAYS, TRAINS = 1.0, 2.0
 because they stand in the variables, which checkpoints, meshes and `jax.jit` take for a tree of arrays."""
 EXPERT_KERNELS = ("up_kernel", "down_kernel")
 NUMBERS_BY_DEFAULT = 64
+Variant = Literal["lora", "dora", "lora-xs", "tinylora"]
 Path = tuple[str, ...]
 Adapter = tuple[dict[str, Any], dict[str, Any]]
 """What stands beside one matrix: (factors that train, factors that are fixed), each by name."""
@@ -63,7 +64,7 @@ class LoRA:
     (target_modules)."""
     layers: tuple[int, ...] | None = None
     """Layers that get them, from 0 on; None is all (layers_to_transform)."""
-    variant: Literal["lora", "dora", "lora-xs", "tinylora"] = "lora"
+    variant: Variant = "lora"
     use_rslora: bool = False
     """Whether alpha is divided by the root of the rank in place of the rank (rsLoRA; use_rslora)."""
     dropout: float = 0.0
@@ -85,7 +86,8 @@ class LoRA:
         require(self.rank >= 1, "rank", "must be at least 1")
         require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "must be positive, and finite")
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
-        require(self.variant in ("lora", "dora", "lora-xs", "tinylora"), "variant", "is unknown")
+        advice = did_you_mean(self.variant.lower(), get_args(Variant), count=1)
+        require(self.variant in get_args(Variant), "variant", f"is unknown; {advice}")
         require(self.numbers is None or self.numbers >= 1, "numbers", "must be at least 1")
         tiny = self.variant == "tinylora"
         require(self.numbers is None or tiny, "numbers", "has no effect but on tinylora")
@@ -96,7 +98,8 @@ class LoRA:
         require(named, "targets", "must be a name, or several: ('query', 'value')")
         several = isinstance(self.whole, Sequence) and all(isinstance(name, str) for name in self.whole)
         require(several, "whole", "must be a name, or several: ('token_embedding', 'lm_head')")
-        require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
+        several = self.layers is None or isinstance(self.layers, Sequence)
+        require(several, "layers", "must be a sequence: (0, 1), or (1,) for one layer")
         require(self.layers is None or len(self.layers) > 0, "layers", "names no layer")
         numbered = all(has_type(scalar(layer), int) for layer in self.layers or ())
         require(numbered, "layers", "must be a sequence of whole numbers: (0, 1)")

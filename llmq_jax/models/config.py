@@ -69,6 +69,8 @@ def set_layer_types(config: Any) -> None:
     """Check `layer_types`, the kind of each layer, of a new config; None stands for `usual_layer_types`."""
     if config.layer_types is None:
         return
+    given = isinstance(config.layer_types, list | tuple)
+    require(given, config, "layer_types", f"must be a list: the kind of each layer, {LOCAL} or {GLOBAL}")
     kinds = tuple(config.layer_types)
     object.__setattr__(config, "layer_types", kinds)
     for kind in kinds:

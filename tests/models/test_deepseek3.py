@@ -375,7 +375,9 @@ def test_bad_input(fields, message):
 
 def test_mtp_logits_need_modules_and_tokens(variables):
     lm = lq.LanguageModel(TINY, build(TINY), variables)
-    with pytest.raises(BadInput, match="2 modules of multi-token prediction need more than 2 tokens in a row"):
+    with pytest.raises(
+        BadInput, match="a row of 2 tokens is too short for 2 modules of multi-token prediction; give 3 or more"
+    ):
         lm.mtp_logits(TOKENS[:, :2])
     assert [logits.shape for logits in lm.mtp_logits(TOKENS[:, :3])] == [(2, 2, 29), (2, 1, 29)]
     plain = lm.replace(config=override(TINY, num_nextn_predict_layers=0))

@@ -330,6 +330,17 @@ def test_impossible_configs_name_the_field_and_the_rule(config_class, fields, me
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [LOCAL, 5])
+def test_kinds_of_layers_are_a_list(value):
+    """Set afterwards: the annotations of the class are checked in these tests."""
+    config = Gemma3Config()
+    object.__setattr__(config, "layer_types", value)
+    with pytest.raises(BadInput) as error:
+        config.__post_init__()
+    rule = "must be a list: the kind of each layer, sliding_attention or full_attention"
+    assert str(error.value) == f"Gemma3Config.layer_types={value!r} {rule}"
+
+
 def test_a_scaling_alone_keeps_the_base_of_the_family():
     scaling = {"rope_type": "linear", "factor": 8.0}
     assert Gemma3Config(rope_parameters=scaling).rope_parameters.rope_theta == 1_000_000.0
