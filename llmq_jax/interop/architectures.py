@@ -92,7 +92,7 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
         advice = _advice_on_head(state, config) or _advice_on_sizes(state, config, layout)
         if advice is None:
             raise
-        raise BadInput(f"{error}; {advice}") from error
+        raise BadInput(f"{advice}; {error}") from error  # which may name hundreds of tensors
 
 
 def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") -> dict[str, np.ndarray]:
