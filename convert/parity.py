@@ -178,10 +178,14 @@ def _read_config(folder: Path) -> Any:
     from llmq_jax.interop.tensor_files import read_json
 
     path = folder / "config.json"
-    if not path.is_file():
-        raise BadInput(f"{folder}: has no config.json; give a Hugging Face folder (python -m convert.to_hf writes one)")
+    values = read_json(path) if path.is_file() else {}
+    if "model_type" not in values:  # as in a run folder
+        raise BadInput(
+            f"{folder}: has no config.json with a model_type; give a Hugging Face folder (python -m convert.to_hf "
+            "writes one)"
+        )
     with at_place(path):
-        config = config_from_hf(read_json(path))
+        config = config_from_hf(values)
     rope = getattr(config, "rope_parameters", None)
     if rope is not None and rope.rope_type == "dynamic":
         # To transformers max_position_embeddings is the trained length, and longer rows are allowed: only these scale.

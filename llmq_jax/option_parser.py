@@ -18,7 +18,7 @@ import tyro
 
 from llmq_jax.errors import BadInput
 from llmq_jax.option_errors import check_names, one_line
-from llmq_jax.options import IDLE, at_home, fields_and_hints, option_name, text_options
+from llmq_jax.options import IDLE, PATHS, at_home, fields_and_hints, option_name, text_options, without_names
 
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # its placeholder in what tyro prints
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
@@ -95,7 +95,17 @@ def parse(options: type, arguments: list[str], program: str, default: Any) -> An
         print(said.text().replace(DESCRIPTION, _description(options), 1), end="")
         raise
     given = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    _refuse_empty_paths(options, given)
     return options(**{name: at_home(name, value) for name, value in given.items()})
+
+
+def _refuse_empty_paths(options: type, given: dict[str, Any]) -> None:
+    """An empty path would be the current folder."""
+    bare = without_names(options)
+    for name, value in given.items():
+        if name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
+            shown = name.upper() if name in bare else option_name(name)
+            raise BadInput(f"{shown} is empty, as from a shell variable that is not set; give a path or a name")
 
 
 @functools.cache  # it reads the classes' source, which takes longer than the arguments: tests run hundreds of commands

@@ -366,6 +366,30 @@ def test_a_leading_tilde_of_a_path_is_the_home_directory(capsys, monkeypatch, tm
     assert capsys.readouterr().out.split() == ["a", f"{tmp_path}/cake", "none"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["", "x"], "RUN"), (["a", ""], "OTHERS"), (["a", "--out", ""], "--out"), (["a", "--init-from="], "--init-from")],
+)
+def test_an_empty_path_is_not_the_current_folder(capsys, arguments, named):
+    """Which `--data "$DATA"` would read where the variable is not set."""
+
+    @dataclass(frozen=True)
+    class Baking:
+        run: Positional[str]
+        others: Positional[tuple[str, ...]] = ()
+        out: str = "none"
+        init_from: str | None = None
+        topping: str = "none"
+
+    def main(options: Baking):
+        print(options)
+
+    assert run(["a", "--topping", ""], main) == 0
+    assert run(arguments, main) == 2
+    said = f"error: {named} is empty, as from a shell variable that is not set; give a path or a name\n"
+    assert capsys.readouterr().err == said
+
+
 def recipe_options(name: str) -> type:
     return command_line._options_class(importlib.import_module(f"train.{name}").main)
 

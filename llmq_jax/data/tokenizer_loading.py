@@ -27,7 +27,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
     found = _tokenizer_in(path, name) if path.is_dir() else None
     if found is None:
-        what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
+        what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "none of these"
         what = f"a folder with {unread}, which is not read: {WRITE_JSON}" if (unread := unread_file(path)) else what
         raise BadInput(
             f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json, a folder with one, or the "

@@ -1,7 +1,9 @@
 """Which architecture has which tables, and the functions that apply them."""
 
+import contextlib
 import typing
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +91,11 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
         return table.from_state_dict(state, config, dtype)
     except BadInput as error:
         _check_layout(state, config.model_type, layout)
-        advice = _advice_on_head(state, config) or _advice_on_sizes(state, config, layout)
+        advice = (
+            _advice_on_layout(state, config, layout)
+            or _advice_on_head(state, config)
+            or _advice_on_sizes(state, config, layout)
+        )
         if advice is None:
             raise
         raise BadInput(f"{advice}; {error}") from error  # which may name hundreds of tensors
@@ -232,12 +238,18 @@ def _tables(model_type: str) -> Tables:
 
 
 def _recognise(state: Mapping[str, Any], layout: str) -> str:
-    """The architecture that has most of these names in this layout."""
+    """The architecture that has most of these names in this layout. BadInput: another layout has more of them, or there
+    are names, and none of them is known."""
     having = [model_type for model_type, tables in TABLES.items() if layout in tables.layouts]
     if not having:
         known = dict.fromkeys(name for tables in TABLES.values() for name in tables.layouts)
         raise BadInput(f"no architecture has the layout {layout!r}; there are {', '.join(known)}")
     model_type = max(having, key=lambda name: _fitting(state, name)[layout])
+    if not _fitting(state, model_type)[layout]:  # the architecture may be one of another layout
+        model_type = max(TABLES, key=lambda name: max(_fitting(state, name).values()))
+        if state and not any(_fitting(state, model_type).values()):
+            shown = f"{', '.join(islice(state, 3))}{' ...' if len(state) > 3 else ''}"
+            raise BadInput(f"none of the {len(state)} names is that of an architecture here: {shown}")
     _check_layout(state, model_type, layout)
     return model_type
 
@@ -249,13 +261,24 @@ def _fitting(state: Mapping[str, Any], model_type: str) -> dict[str, int]:
 
 def _check_layout(state: Mapping[str, Any], model_type: str, layout: str) -> None:
     """Refuse a layout where another one has more of the names."""
-    fitting = _fitting(state, model_type)
+    fitting = {layout: 0} | _fitting(state, model_type)
     closest = max(fitting, key=fitting.__getitem__)
     if fitting[closest] > fitting[layout]:
         raise BadInput(
             f"{fitting[layout]} of {len(state)} names are those of layout={layout!r}, and {fitting[closest]} those of "
             f"layout={closest!r}; pass that (--layout {closest})"
         )
+
+
+def _advice_on_layout(state: Mapping[str, Any], config: Any, layout: str) -> str | None:
+    """The layout whose names are the same, and whose shapes are those of the weights."""
+    fitting = _fitting(state, config.model_type)
+    for other in fitting.keys() - {layout}:
+        if fitting[other] == fitting[layout]:
+            with contextlib.suppress(BadInput):
+                weight_table(config.model_type, other).spelling(state).from_state_dict(state, config)
+                return f"the shapes are those of layout={other!r}; pass that (--layout {other})"
+    return None
 
 
 def _advice_on_head(state: Mapping[str, Any], config: Any) -> str | None:

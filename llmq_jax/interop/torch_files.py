@@ -25,8 +25,8 @@ INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pth", ".pt")
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 """Where training scripts put the state dict when they save the optimizer's beside it."""
-COMPILED = "_orig_mod."
-"""The prefix of the names of a model that `torch.compile` has wrapped."""
+PREFIXES = ("module.", "_orig_mod.", "module.")
+"""What names begin with in a model that DistributedDataParallel has wrapped, or `torch.compile`, or one the other."""
 
 
 def is_torch(path: Path) -> bool:
@@ -54,9 +54,13 @@ def _read(path: Path) -> dict[str, LazyTensor]:
             state = state[name]
     if not isinstance(state, Mapping):
         raise BadInput(f"{path}: holds a {type(state).__name__}, not a state dict; save model.state_dict()")
+    if not state:
+        raise BadInput(f"{path}: holds no tensors; save model.state_dict()")
     tensors = {name: _lazy(path, name, tensor) for name, tensor in state.items()}
-    compiled = all(name.startswith(COMPILED) for name in tensors)
-    return {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()} if compiled else tensors
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _unpickle(path: Path) -> Any:

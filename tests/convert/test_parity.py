@@ -388,6 +388,14 @@ def test_bad_options(folder, options, message):
     assert message in refused(parity.main, parity.Options(**options))
 
 
+def test_a_run_folder_is_exported_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"llmq_jax_run": 1, "steps": 3}')
+    assert refused(parity.main, parity.Options(str(tmp_path))) == (
+        f"{tmp_path}: has no config.json with a model_type; give a Hugging Face folder (python -m convert.to_hf writes "
+        "one)"
+    )
+
+
 def test_bad_folders(folder, tmp_path):
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     weights = damaged / "model.safetensors"

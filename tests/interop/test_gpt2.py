@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_dict
+from llmq_jax.interop.architectures import resolve_config
 from llmq_jax.interop.gpt2 import LAYOUTS
 from llmq_jax.model_files import load
 from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.models.llama3 import Llama3Config
 from tests.interop.refusals import refused
 from tests.weights import draw_variables
 
@@ -212,6 +214,31 @@ def test_the_closest_layout_is_named(layout, tried):
     expected = f"of {len(state)} names are those of layout={tried!r}, and {len(state)} those of layout={named!r}; pass"
     assert expected in refused(from_state_dict, state, TIED, tried)
     assert expected in refused(config_from_state_dict, state, tried, num_attention_heads=3)
+
+
+@pytest.mark.parametrize(("layout", "tried"), [("nanogpt", "hf"), ("hf", "nanogpt")])
+def test_of_layouts_with_the_same_names_the_shapes_tell(layout, tried):
+    state = to_state_dict(draw_variables(TIED), TIED, layout)
+    state.pop("lm_head.weight", None)
+    message = refused(from_state_dict, state, TIED, tried)
+    assert message.endswith(f"; the shapes are those of layout={layout!r}; pass that (--layout {layout})")
+    state["transformer.ln_f.weight"] = np.ones(5, np.float32)
+    assert "pass that" not in refused(from_state_dict, state, TIED, tried)
+
+
+def test_names_of_no_architecture_are_shown():
+    state = {f"encoder.{name}.weight": np.ones((2, 2), np.float32) for name in "abcd"}
+    assert refused(resolve_config, None, None, state, "hf") == (
+        "none of the 4 names is that of an architecture here: encoder.a.weight, encoder.b.weight, encoder.c.weight ..."
+    )
+
+
+def test_the_closest_layout_may_be_another_architectures():
+    """All names of Llama's original layout are unknown to `hf`."""
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1}
+    config = Llama3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    state = to_state_dict(draw_variables(config), config, "original")
+    assert "pass that (--layout original)" in refused(resolve_config, None, None, state, "hf")
 
 
 def test_what_is_wrong_within_the_right_layout_is_named():

@@ -88,6 +88,15 @@ def test_safetensors_come_first(theirs, tmp_path):
     assert load(theirs).config.vocab_size == 37
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_models_that_were_wrapped_for_training(theirs, prefix):
+    """By DistributedDataParallel, by torch.compile, or by both."""
+    expected = load(theirs).logits([[1, 2]])
+    state = torch.load(theirs / "pytorch_model.bin")
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, theirs / "checkpoint.pth")
+    np.testing.assert_array_equal(load(theirs / "checkpoint.pth").logits([[1, 2]]), expected)
+
+
 @pytest.mark.parametrize("wrapper", ["model_state_dict", "state_dict"])
 def test_checkpoints_of_training_scripts(theirs, wrapper):
     """{"model_state_dict": ..., "optimizer_state_dict": ...}: the optimizer's state is passed over."""
@@ -208,6 +217,8 @@ def test_a_whole_module(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({}, "holds no tensors"),
+        ({"state_dict": {}, "epoch": 3}, "holds no tensors"),
         ([torch.zeros(2)], "holds a list, not a state dict; save model.state_dict()"),
         (torch.zeros(2), "holds a Tensor, not a state dict"),
         ({"wte.weight": torch.zeros(2), "epoch": 3}, "'epoch' is of the type int, where only tensors belong"),
