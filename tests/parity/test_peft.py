@@ -280,6 +280,9 @@ def test_an_alpha_is_written_however_small_it_is(llama, tmp_path):
     written = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert (written["lora_alpha"], written["lora_dropout"]) == (1.2345e-7, 0.1)
     assert written["rank_pattern"] == written["alpha_pattern"] == {}  # all are alike
+    del written["lora_dropout"]  # PEFT's default is none
+    (tmp_path / "small" / "adapter_config.json").write_text(json.dumps(written))
+    assert dropouts(lq.load_adapter(lm, tmp_path / "small")) == set()
 
 
 @pytest.mark.filterwarnings("ignore")
