@@ -277,8 +277,6 @@ def rows_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     distance = np.abs(ours - theirs).max(-1)
     size = np.sqrt(np.square(theirs).mean(-1))
     size = np.maximum(size, np.median(size))
-    if not distance.any():
-        return Difference(0.0, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(distance == 0, 0.0, distance / size)
     return Difference(float(distance.max()), float(relative.max()))

@@ -192,12 +192,9 @@ class Loop:
             if useful:
                 kept.append(_part(rollout, scores, useful))
                 missing -= len(useful)
-            if silent:
-                filling = rollout, scores, silent
             if not missing:
                 break
-        if missing:
-            rollout, scores, silent = filling
+        if missing:  # so that some of the last round teach nothing
             kept.append(_part(rollout, scores, [silent[index % len(silent)] for index in range(missing)]))
         return _joined(kept)
 

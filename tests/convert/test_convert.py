@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -18,7 +19,7 @@ from llmq_jax.data.tokenizers import ByteTokenizer
 from llmq_jax.interop import to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel
+from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
@@ -44,7 +45,7 @@ def source(tmp_path):
     return save_hf(LanguageModel(config, build(config), init(config), ByteTokenizer(), generation), tmp_path / "source")
 
 
-def test_there_and_back(source, tmp_path):
+def test_there_and_back(source, program, tmp_path):
     done = convert("from_hf", source, tmp_path / "ours")
     assert done.returncode == 0, done.stderr
     assert f"llmq generate {tmp_path / 'ours'}" in done.stdout
@@ -54,8 +55,14 @@ def test_there_and_back(source, tmp_path):
 
     done = convert("to_hf", tmp_path / "ours", tmp_path / "back")
     assert done.returncode == 0, done.stderr
+    assert f'transformers.AutoModelForCausalLM.from_pretrained("{tmp_path / "back"}")' in done.stdout
     for path in source.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+
+    classifier = save(with_classifier(load(source), ("a", "b")), tmp_path / "classifier")
+    code, out, _ = program("convert.to_hf", classifier, tmp_path / "its")
+    assert code == 0 and f"llmq classify {tmp_path / 'its'} --text" in out
+    assert f'transformers.AutoModelForSequenceClassification.from_pretrained("{tmp_path / "its"}")' in out
 
 
 def test_bad_input_is_one_line(source, tmp_path):
@@ -81,7 +88,7 @@ def test_a_target_in_the_way_is_told_before_the_model_is_read(words, program, tm
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {taken}: ")
 
 
-def test_openai_s_gpt2(tmp_path):
+def test_openai_s_gpt2(program, tmp_path):
     done = convert("openai_gpt2", OPENAI, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     assert f"llmq generate {tmp_path / 'hf'}" in done.stdout
@@ -97,6 +104,7 @@ def test_openai_s_gpt2(tmp_path):
     assert theirs.generation_config.eos_token_id == 261
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("! the")["input_ids"] == [0, 258]
 
+    assert program("convert.openai_gpt2", OPENAI, tmp_path / "hf")[0] == 2  # it is not empty
     assert convert("to_hf", OPENAI, tmp_path / "hf", "--overwrite", "--dtype", "bfloat16").returncode == 0
     assert load(tmp_path / "hf").params["final_norm"]["bias"].dtype == "bfloat16"
 
@@ -198,6 +206,14 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
     # What is possible without a tokenizer is said, and what comes next.
     from_hf.main(from_hf.Options(str(training_checkpoint), str(tmp_path / "more"), **original))
     assert load(tmp_path / "more").tokenizer is None
+    # A tokenizer may have no end of text.
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    (tmp_path / "words").mkdir()
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
+    given = {**original, "tokenizer": str(tmp_path / "words")}
+    from_hf.main(from_hf.Options(str(training_checkpoint), str(tmp_path / "endless"), **given))
+    endless = load(tmp_path / "endless")
+    assert endless.generation.eos_token_id == () and endless.tokenizer.encode("a") == [0]
     # OpenAI's weights may lack their config, too.
     openai = Path(shutil.copytree(OPENAI, tmp_path / "124M"))
     (openai / "hparams.json").unlink()

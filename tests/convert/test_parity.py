@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import transformers
 from rich.console import Console
 
 from convert import parity, parity_reference, parity_report, parity_weights
-from convert.parity_check import compare_models
+from convert.parity_check import _distribution, compare_models
 from convert.parity_reference import VARIANTS, random_config, random_model, randomise
-from convert.parity_trace import Difference, Place, first_difference
+from convert.parity_trace import Difference, First, Place, first_difference
 from convert.parity_weights import Gradient, first_gradient
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_to_hf
@@ -350,6 +351,13 @@ def test_command_on_an_architecture_that_is_not_here(tmp_path):
     assert done.stderr == f"error: {path}: model_type 'bert' is not supported; supported: {SUPPORTED}\n"
 
 
+def test_predictions_are_compared_token_by_token():
+    exact, found = np.full((1, 3, 2), 0.5), np.array([[[0.5, 0.5], [0.25, 0.75], [0.75, 0.25]]])
+    divergence = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    numbers = _distribution("ours", np.log(found), np.log(exact))[1:]
+    np.testing.assert_allclose(numbers, (divergence * 2 / 3, divergence, 2 / 3), rtol=1e-5)
+
+
 @pytest.mark.exhaustive
 def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
     assert parity.main(parity.Options(str(folder), dtype="bf16")) == 0
@@ -441,6 +449,57 @@ def test_many_layers_fit_the_screen(width):
     for layer in range(40):
         assert f"{1e-6 * (layer + 1):.1e}" in text, "a layer is not shown"
     assert "mlp.experts.*.w1.weight" in text and "…" not in text
+    assert not any(map(str.isspace, text.splitlines()))  # a table that goes on has no title
+
+
+STYLES = {"32": "good:", "33": "near:", "1;31": "bad:", "1;7;31": "first:"}
+
+
+def shown(show, *given):
+    """The lines of words that are shown, with the styles of numbers before them."""
+    null = open(os.devnull, "w")  # noqa: SIM115
+    console = Console(width=80, record=True, file=null, highlight=False, color_system="standard", force_terminal=True)
+    show(console, *given)
+    text = re.sub("\x1b\\[([0-9;]+)m *", lambda code: " " + STYLES.get(code[1], ""), console.export_text(styles=True))
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_tables_show_where_it_differs():
+    good, near, bad = Difference(2e-6, 1e-6), Difference(9e-5, 5e-5), Difference(0.5, 0.25)
+    norm = Place(0, ("mlp_norm",), "h.0.ln", (), near, good)
+    mlp = Place(0, ("mlp",), "h.0.mlp", ("h.0.mlp.weight", "h.0.mlp.bias"), bad, near)
+    block = Place(0, (), "h.0", (), bad, parts=(norm, mlp))
+    # Of layer 1 a part alone is known.
+    places = [Place(None, ("embeddings",), "wte", (), good), block, Place(1, ("mlp",), "", (), good)]
+    places += [Place(1, ("mlp_norm",), "", (), near), Place(None, ("logits",), "", (), bad)]
+    first = first_difference(places, TOLERANCE)
+    assert shown(parity_report.show_hidden_states, places, TOLERANCE, first)[3:] == [
+        "embeddings 2.0e-06 good:1.0e-06",
+        "0 9.0e-05 near:5.0e-05 5.0e-01 first:*2.5e-01 5.0e-01 bad:*2.5e-01",
+        "1 9.0e-05 near:5.0e-05 2.0e-06 good:1.0e-06",
+        "logits 5.0e-01 bad:*2.5e-01",
+    ]
+    whole = First(block, False, tuple(places))
+    row = shown(parity_report.show_hidden_states, places, TOLERANCE, whole)[4]
+    assert row == "0 9.0e-05 near:5.0e-05 5.0e-01 bad:*2.5e-01 5.0e-01 first:*2.5e-01"
+    weights = {"h.0.mlp.bias": 0.0, "h.0.mlp.weight": 0.125}
+    assert shown(parity_report.show_first, first, TOLERANCE, weights)[3:] == [
+        "layer 0, mlp norm h.0.ln good:1.0e-06 near:5.0e-05",
+        "layer 0, mlp h.0.mlp near:5.0e-05 bad:*2.5e-01",
+        "",
+        "The same goes into layer 0, mlp, and something else comes out.",
+        "It reads:",
+        "h.0.mlp.weight bad:differs by up to 1.2e-01",
+        "h.0.mlp.bias the same on both sides",
+    ]
+    for found, told in (
+        (whole, "The parts of layer 0, output agree: look at what it makes of them."),
+        (
+            First(mlp, True, (norm, mlp)),
+            "What goes into layer 0, mlp differs, and what comes before agrees: look between.",
+        ),
+    ):
+        assert shown(parity_report.show_first, found, TOLERANCE, weights)[-1] == told
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,9 @@ def test_what_peft_cannot_load_is_not_told_to_be_loaded_with_it(tmp_path, capsys
             lq.save_adapter(lq.lora(lm, rank=1, targets=targets), tmp_path / targets, base=str(base))
             assert ended("convert.to_hf", tmp_path / targets, tmp_path / f"out {targets}", "--adapter") == 0
         assert ("next: peft." in capsys.readouterr().out) == loads
+        written = json.loads((tmp_path / targets / "adapter_config.json").read_text())
+        # Parameters of experts end as names of modules do, and are none.
+        assert not any("." in module for module in written["target_modules"])
 
 
 def named_base(capsys, source, out, *arguments):
@@ -179,9 +182,9 @@ def test_the_base_that_is_given_stays_as_it_is(here, tmp_path, capsys):
     name, said = named_base(capsys, "run", out, "--base", "run")
     assert name == ("run", None) and "which loads here alone, without its own adapters" in said
     np.testing.assert_allclose(lq.load(out).logits(TOKENS), lq.load("run").logits(TOKENS), atol=1e-5)
-    ours = lq.save(lq.load("models/base"), tmp_path / "ours")
+    ours = f"{lq.save(lq.load('models/base'), tmp_path / 'ours')}/"
     name, said = named_base(capsys, "run", out, "--base", ours)
-    assert name == (str(ours), None) and "which loads here alone; PEFT and others want a Hugging Face folder" in said
+    assert name == (ours, None) and "which loads here alone; PEFT and others want a Hugging Face folder" in said
 
 
 def dtype_in(folder):

@@ -296,6 +296,7 @@ BAD = [
     ({**ALPACA, "prompt": "x"}, "has both an instruction and a prompt"),
     ({**ALPACA, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),
     ({**STRINGS, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),
+    ({**STRINGS, "functions": [{"name": "search"}]}, "has 'functions', which is not read"),
     ({**LISTS, "tools": ["search"]}, r"field 'tools' must be a list of objects, not \['search'\]"),
     ({**IMPLICIT, "conversations": [{"from": "human", "value": "a"}]}, "has 'conversations', which is not read"),
     ({**ALPACA, "chosen": " \n"}, "field 'chosen': the response is empty"),

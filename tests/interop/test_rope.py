@@ -25,8 +25,10 @@ def test_what_yarns_own_configs_say_besides_is_passed_over():
     """NousResearch/Yarn-Llama-2-7b-64k and its kind."""
     expected = read(rope_scaling=YARN)
     assert (expected.rope_type, expected.factor) == ("yarn", 16.0)
-    assert read(rope_scaling=YARN | {"finetuned": True}) == expected
-    assert read(rope_scaling=YARN | {"finetuned": False, "attn_factor": 1.0, "extrapolation_factor": 1}) == expected
+    neutral = {"finetuned": False, "attn_factor": 1.0, "extrapolation_factor": 1}
+    with warnings.catch_warnings(action="error"):
+        assert read(rope_scaling=YARN | {"finetuned": True}) == expected
+        assert read(rope_scaling=YARN | neutral) == expected
 
 
 def test_a_factor_of_attention_by_the_name_in_yarns_own_code_counts_as_little_as_in_transformers():

@@ -113,6 +113,13 @@ def test_all_that_is_missing_is_named_and_only_very_long_lists_are_shortened():
     assert "244 missing" in deep and "and 44 more)" in deep
 
 
+def test_more_tensors_than_there_can_be_are_refused():
+    table, count = weight_table("gpt2"), len(make_state(TIED))
+    assert len(table.placements(TIED, most=count)) == count
+    message = refused(table.placements, TIED, most=count - 1)
+    assert message == f"GPT2Config has more than {count - 1} tensors, far more than there are"
+
+
 def test_a_tensor_under_both_names_is_refused():
     state = make_state(TIED)
     state["ln_f.bias"] = state["transformer.ln_f.bias"]

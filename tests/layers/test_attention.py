@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -447,7 +448,10 @@ def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr(jax.nn, "dot_product_attention", other)
+    newer = SimpleNamespace()  # of a JAX that has not what is changed for the call
+    monkeypatch.setitem(sys.modules, "jax._src.cudnn.fused_attention_stablehlo", newer)
     found, _ = attention(query, key, narrow, context.replace(implementation="fused"), scale=0.4)
+    assert not vars(newer)
     assert widths == [[query.shape[-1]] * 3] and found.shape == expected.shape
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 

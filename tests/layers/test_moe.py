@@ -481,6 +481,8 @@ def test_what_experts_say_of_themselves_goes_before_what_the_network_has():
     said = MixtureOfExperts(own, 8, True, "silu", False, NORMAL, NORMAL)
     inherited = dataclasses.replace(own, gated=None, bias=None, activation=None)
     variables = jax.tree.map(lambda leaf: leaf + 0.1, drawn(said, x))
+    assert {"up_bias", "down_bias"} <= variables["params"].keys()
+    assert "bias" in variables["params"]["shared"]["down"]
     plain = MixtureOfExperts(inherited, 8, False, "relu", True, NORMAL, NORMAL)
     assert jax.tree.structure(variables) == jax.tree.structure(drawn(plain, x))
     np.testing.assert_array_equal(apply(said, variables, x)[0], apply(plain, variables, x)[0])

@@ -27,9 +27,10 @@ def test_a_group_without_spread_has_advantages_of_exactly_0(scale, epsilon):
     equal = jnp.full(6, 1.7)
     assert equal[:3].mean() != equal[0] and equal[:3].sum() / 3 != equal[0]
     np.testing.assert_array_equal(group_advantages(equal, 3, scale=scale, epsilon=epsilon), np.zeros(6))
-    mixed = group_advantages(equal.at[4].add(1.0), 3, scale=scale, epsilon=epsilon)
-    np.testing.assert_array_equal(mixed[:3], np.zeros(3))
-    assert (np.abs(mixed[3:]) > 0.1).all()
+    for other in (2.7, 0.0):
+        mixed = group_advantages(equal.at[4].set(other), 3, scale=scale, epsilon=epsilon)
+        np.testing.assert_array_equal(mixed[:3], np.zeros(3))
+        assert (np.abs(mixed[3:]) > 0.1).all()
 
 
 def test_process_advantages_by_hand():

@@ -137,6 +137,7 @@ def test_a_batch_in_which_nothing_counts_is_no_division_by_zero():
         (None, None, "the model's config has no labels"),
         (("reward",), None, "the model's config has one label (reward)"),
         (LABELS, (1.0, 2.0), "2 class weights given for 3 classes (a, b, c)"),
+        (("a", "b"), (1.0,), "1 class weight given for 2 classes (a, b)"),
         (LABELS, (1.0, -2.0, 1.0), "must not be negative"),
         (LABELS, (0.0, 0.0, 0.0), "one of them must be positive"),
     ],

@@ -376,10 +376,12 @@ def test_the_objective_is_the_loss_of_the_model():
     assert loss > expected + 0.1
 
 
-def test_a_batch_must_have_the_reference_that_beta_needs():
+def test_a_batch_must_have_what_the_options_need():
     model, variables = made(DENSE)
     with pytest.raises(BadInput, match="log-probabilities of the reference model"):
         run(GRPO(model, beta=0.1), variables, a_batch())
+    with pytest.raises(KeyError, match="prompts"):
+        run(GRPO(model, group_size=2), variables, a_batch())
 
 
 def test_accumulation_does_not_change_the_step():

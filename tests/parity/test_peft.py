@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -273,9 +274,15 @@ def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
 
 def test_an_alpha_is_written_however_small_it_is(llama, tmp_path):
     lm, _ = llama
-    lq.save_adapter(lq.lora(lm, rank=3, alpha=1.2345e-7, targets="attention", dropout=0.1), tmp_path / "small")
+    small = lq.lora(lm, rank=3, alpha=1.2345e-7, targets="attention", dropout=0.1)
+    with warnings.catch_warnings(action="error"):  # there is no multimodal Llama that the base might be
+        lq.save_adapter(small, tmp_path / "small", base="org/base")
     written = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert (written["lora_alpha"], written["lora_dropout"]) == (1.2345e-7, 0.1)
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}  # all are alike
+    del written["lora_dropout"]  # PEFT's default is none
+    (tmp_path / "small" / "adapter_config.json").write_text(json.dumps(written))
+    assert dropouts(lq.load_adapter(lm, tmp_path / "small")) == set()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,6 +12,7 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, build, init
 from llmq_jax.objectives import NextToken
+from llmq_jax.objectives.means import over_devices
 from llmq_jax.training.engine import run
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.run_options import RunOptions
@@ -63,6 +64,7 @@ def assert_close(a, b, **tolerance):
 def test_accumulation_changes_neither_loss_nor_gradients(accumulate):
     objective, batch = NextToken(build(CONFIG)), ragged_batch(0)
     whole, metrics = whole_step()(fresh(SGD), batch)
+    assert metrics.keys() == {"loss", "grad_norm"}
     parts, part_metrics = make_train_step(objective, SGD, accumulate=accumulate)(fresh(SGD), batch)
     assert_close(part_metrics, metrics, rtol=1e-5)
     assert_close(parts.variables, whole.variables, atol=1e-6)
@@ -115,6 +117,17 @@ def test_only_the_trainable_collection_moves():
     np.testing.assert_array_equal(state.variables["params"]["kernel"], np.ones(3))
     np.testing.assert_allclose(state.variables["lora"]["kernel"], np.zeros(3))
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(12.0), rtol=1e-6)
+
+
+def test_metrics_of_replicas_are_those_of_the_batch():
+    expected = {"loss": 6, "coefficient": 3, "min_reward": 1, "max_reward": 3}
+    expected |= {"clip_ratio/low_min": 1, "clip_ratio/high_max": 3}
+
+    def whole(part):
+        return over_devices(dict.fromkeys(expected, part), "replicas")
+
+    found = jax.vmap(whole, axis_name="replicas")(jnp.array([1.0, 3.0, 2.0]))
+    assert {name: values.tolist() for name, values in found.items()} == {name: [x] * 3 for name, x in expected.items()}
 
 
 def test_dropout_follows_seed_and_step():
