@@ -149,6 +149,9 @@ class TokenizerFiles:
             added = {str(token.pop("id")): token for token in parse_json(content)["added_tokens"]}
             listed |= {number: token for number, token in added.items() if token["content"] in tokens}
             contents["tokenizer_config.json"] = json_file(config)
+        elif "tokenizer.model" in contents:  # llama.cpp's converter reads it in place of tokenizer.json
+            ids = {token: tokenizer.token_to_id(token) for token in tokens if token not in there}
+            contents["added_tokens.json"] = json_file(self._json("added_tokens.json") | ids)
         return TokenizerFiles(contents, self.source)
 
     def _json(self, name: str) -> dict[str, Any]:

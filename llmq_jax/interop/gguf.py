@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
@@ -18,6 +19,7 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
 from llmq_jax.interop.huggingface import Contents, is_hf, read_state
 from llmq_jax.interop.tensor_files import TensorFiles
+from llmq_jax.layers.positions import Llama3Rope, Rope, inverse_frequencies
 from llmq_jax.models.config import GLOBAL, LOCAL
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 from llmq_jax.models.llama3 import Llama3Config
@@ -60,6 +62,13 @@ root of hidden_size / heads, not of a head's width. No metadata tell, and llama.
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 """The name of a file that holds a part of a model."""
+
+LLAMA3_LENGTHS: dict[str, Any] = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The parameters that Llama 3.1, 3.2 and 3.3 share; their factors differ."""
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 """Tokens with which chat models end a turn, for files that do not name theirs."""
@@ -165,7 +174,7 @@ class _Metadata:
             "head_dim": head_dim,
             "intermediate_size": self._integer("feed_forward_length"),
             "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
-            "rope_parameters": self._rope(context),
+            "rope_parameters": self._rope(context, head_dim),
             "tie_word_embeddings": HEAD not in self._tensors,
         }
         fields |= self._gemma_fields(fields) if issubclass(kind, Gemma2Config) else self._biases()
@@ -248,7 +257,7 @@ class _Metadata:
             )
         return width
 
-    def _rope(self, context: int) -> dict[str, Any]:
+    def _rope(self, context: int, head_dim: int) -> dict[str, Any]:
         theta = self._number("rope.freq_base", 10_000.0)
         # llama.cpp's defaults are linear scaling and a factor of 1.
         scaling = self._get("rope.scaling.type", "linear")
@@ -266,10 +275,14 @@ class _Metadata:
         if ROPE_DIVISORS in self._tensors:
             if scaled:
                 raise BadInput(f"has both {ROPE_DIVISORS} and {scaling} scaling of RoPE, which is not supported")
-            # Llama 3.1's scaling, written out as a divisor for each frequency.
+            # A scaling written out as a divisor for each frequency: Llama 3.1's, which other programs know by its own
+            # name alone, or any other.
             divisors = np.asarray(self._tensors[ROPE_DIVISORS], np.float32).ravel().tolist()
             if not all(divisor > 0 for divisor in divisors):
                 raise BadInput(f"{ROPE_DIVISORS} divides by a number that is not positive")
+            llama3 = Llama3Rope(rope_theta=theta, factor=max(1.0, *divisors), **LLAMA3_LENGTHS)
+            if _are_divisors(divisors, llama3, head_dim):
+                return llama3.to_dict()
             lists = {"short_factor": divisors, "long_factor": divisors}
             return {"rope_type": "longrope", "rope_theta": theta, "factor": 1.0, "attention_factor": 1.0, **lists}
         if not scaled:
@@ -297,6 +310,12 @@ class _Metadata:
         if type(value) not in (int, float):
             raise BadInput(f"{self._architecture}.{key}={value!r:.60} is not a number")
         return float(value)
+
+
+def _are_divisors(divisors: list[float], rope: Rope, width: int) -> bool:
+    """Whether heads of that width turn as these divisors say; the file has them rounded."""
+    frequencies = inverse_frequencies(rope.rope_theta, width) / rope.frequencies(width, jnp.zeros(0))
+    return len(frequencies) == len(divisors) and np.allclose(frequencies, divisors, rtol=1e-5, atol=0)
 
 
 def generation_config(metadata: Mapping[str, Any]) -> GenerationConfig:

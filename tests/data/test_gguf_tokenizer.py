@@ -15,6 +15,7 @@ from gguf import GGUFWriter
 from llmq_jax.data import GPT2Tokenizer
 from llmq_jax.data.gguf_tokenizer import gguf_tokenizer
 from llmq_jax.data.gpt2_vocabulary import byte_characters, packaged_vocabulary
+from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.gguf_files import open_gguf
 from tests.smollm2 import smollm2_gguf
@@ -446,3 +447,13 @@ def test_named_tokens_that_are_ordinary_stay_ordinary(gpt2_metadata, tmp_path):
     tokenizer.save(tmp_path)
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert saved.decode(saved("Hi!").input_ids, skip_special_tokens=True) == "Hi!"
+
+
+def test_new_tokens_beside_a_sentencepiece_file(sentencepiece_metadata):
+    """llama.cpp's converter reads tokens from that file, and others from added_tokens.json, not from tokenizer.json."""
+    files = gguf_tokenizer(sentencepiece_metadata, "x").files()
+    old = {"tokenizer.model": b"", "added_tokens.json": b'{"<old>": 7}'}
+    assert "added_tokens.json" not in TokenizerFiles(files, "x").with_tokens(["<new>"], True).contents
+    for companions, before in ((dict(list(old.items())[:1]), {}), (old, {"<old>": 7})):
+        more = TokenizerFiles(files | companions, "x").with_tokens(["<new>"], special=True)
+        assert json.loads(more.contents["added_tokens.json"]) == before | {"<new>": more.token_id("<new>")}

@@ -68,6 +68,19 @@ def test_models_against_transformers(tmp_path, name):
         np.testing.assert_allclose(their_logits(exported), expected, atol=LOGITS)
 
 
+@pytest.mark.parametrize(("name", "factor"), [("llama 3.1", 8.0), ("llama 3.2", 32.0)])
+def test_the_scaling_of_llama3_by_its_name(tmp_path, name, factor):
+    """Other programs do not know an export's divisors in a Llama, and llama.cpp's converter drops them silently."""
+    rope = LLAMA3_ROPE | {"rope_theta": 500_000.0, "factor": factor, "original_max_position_embeddings": 8192}
+    model = make_model(rope_parameters=rope, head_dim=64)
+    write_llama(tmp_path / "model.gguf", model)
+    lm = load(tmp_path / "model.gguf")
+    assert lm.config.rope_parameters.to_dict() == rope
+    np.testing.assert_allclose(lm.logits(TOKENS), their_logits(model), atol=LOGITS)
+    exported = transformers.AutoConfig.from_pretrained(save_hf(lm, tmp_path / "hf"))
+    assert exported.rope_parameters == rope
+
+
 QWEN = {
     "qwen 2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": MODELS["plain"]["rope_parameters"]}),
     "qwen 2, yarn": ("qwen2", MODELS["yarn"]),
