@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from llmq_jax.data.sentencepiece_model import sentencepiece_model
 from llmq_jax.data.tokenizers import FileTokenizer
 from llmq_jax.errors import BadInput, warn
 
@@ -102,8 +103,16 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
     }
     if CHAT_TEMPLATE in metadata:
         config["chat_template"] = vocabulary.get(CHAT_TEMPLATE, str)
-    written = json.dumps(config, ensure_ascii=False, indent=2).encode()
-    return FileTokenizer.from_files({"tokenizer.json": content, "tokenizer_config.json": written}, name)
+    files = {"tokenizer.json": content}
+    if kind == "llama" and not vocabulary.has("merges") and (own := vocabulary.sentencepiece_model()) is not None:
+        files["tokenizer.model"] = own
+        # In this file tokens of a user are like others: what they are is said here, as in folders of the hub.
+        added = json.loads(content)["added_tokens"]
+        config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+        if not vocabulary.flag("add_space_prefix", True):
+            config["add_prefix_space"] = False
+    files["tokenizer_config.json"] = json.dumps(config, ensure_ascii=False, indent=2).encode()
+    return FileTokenizer.from_files(files, name)
 
 
 class _Vocabulary:
@@ -165,6 +174,23 @@ class _Vocabulary:
                 halves = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
                 merges += [(left, right) for left, right in halves if left in ordinary and right in ordinary]
         return merges
+
+    def sentencepiece_model(self) -> bytes | None:
+        """The vocabulary as SentencePiece's own file. None where that cannot say the same: no token is that of unknown
+        text, or one that a user defined has "▁" in it (there these come first, with "▁" for their spaces)."""
+        unknown = self.named["unk_token"]
+        if unknown is None:  # converters that take it for a control token do not name it either
+            unknown = self.kinds.index(UNKNOWN) if UNKNOWN in self.kinds else self.ids.get("<unk>")
+        scores, pieces = self._list("scores", float, len(self.tokens)), list[tuple[str, float, int]]()
+        for number, (token, score, kind) in enumerate(zip(self.tokens, scores, self.kinds, strict=True)):
+            if kind == USER_DEFINED and "▁" in token:
+                return None
+            text = token.replace(" ", "▁") if kind == USER_DEFINED else token
+            known = CONTROL if kind == UNKNOWN else kind  # there is one unknown token
+            pieces.append((text, score, UNKNOWN if number == unknown else known))
+        if unknown is None or len({text for text, *_ in pieces}) < len(pieces):
+            return None
+        return sentencepiece_model(pieces, self.named | {"unk_token": unknown}, self.flag("add_space_prefix", True))
 
     def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
         key = f"tokenizer.ggml.{name}"

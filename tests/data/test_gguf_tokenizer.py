@@ -11,6 +11,7 @@ import regex
 import tokenizers as hf_tokenizers
 import transformers
 from gguf import GGUFWriter
+from transformers.utils.sentencepiece_model_pb2_new import ModelProto
 
 from llmq_jax.data import GPT2Tokenizer
 from llmq_jax.data.gguf_tokenizer import gguf_tokenizer
@@ -449,9 +450,59 @@ def test_named_tokens_that_are_ordinary_stay_ordinary(gpt2_metadata, tmp_path):
     assert saved.decode(saved("Hi!").input_ids, skip_special_tokens=True) == "Hi!"
 
 
+def test_the_file_of_sentencepiece(sentencepiece_metadata, tmp_path):
+    """By its published schema. llama.cpp's converter finds scores and kinds of tokens there and in the config."""
+    added = {"tokens": ("  ", "\n\n\n\n"), "token_type": (4, 4), "scores": (-1000.0, -1000.0)}
+    metadata = dict(sentencepiece_metadata)
+    for name, values in added.items():
+        metadata[f"tokenizer.ggml.{name}"] = [*metadata[f"tokenizer.ggml.{name}"], *values]
+    tokens, kinds = (metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    for prefixed in (True, False):
+        tokenizer = gguf_tokenizer(metadata | {"tokenizer.ggml.add_space_prefix": prefixed}, "x")
+        files = tokenizer.files()
+        model = ModelProto.FromString(files["tokenizer.model"])
+        assert [piece.piece for piece in model.pieces] == [*tokens[:-2], "▁▁", "\n\n\n\n"]
+        assert [piece.type for piece in model.pieces] == kinds
+        assert [piece.score for piece in model.pieces] == metadata["tokenizer.ggml.scores"]
+        trained, spaces = model.trainer_spec, model.normalizer_spec
+        assert (trained.model_type, trained.byte_fallback) == (trained.BPE, True)
+        assert (trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id) == (0, 1, 2, -1)
+        assert (spaces.name, spaces.add_dummy_prefix) == ("identity", prefixed)
+        assert (spaces.remove_extra_whitespaces, spaces.escape_whitespaces) == (False, True)
+        config = json.loads(files["tokenizer_config.json"])
+        assert config.get("add_prefix_space", True) == prefixed
+        told = {int(number): token["special"] for number, token in config["added_tokens_decoder"].items()}
+        assert told == {number: kind in (2, 3) for number, kind in enumerate(kinds) if kind in (2, 3, 4)}
+        tokenizer.save(tmp_path)
+        saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in [*TEXTS[:100], "a  b\n\n\n\nc <s>"]:
+            assert saved.encode(text, add_special_tokens=False) == tokenizer.encode(text, allow_special=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({}, {2: 3, 3: 2}),  # an unknown token of a control's kind, by its name; and another of that kind
+        ({"<unk>": "<none>"}, {2: 3}),
+        ({"<|tool|>": "▁tool"}, {}),
+        ({"<|tool|>": " "}, {}),  # "▁" is there
+    ],
+)
+def test_vocabularies_that_sentencepiece_has_no_file_for(sentencepiece_metadata, changes, kinds):
+    metadata = dict(sentencepiece_metadata)
+    metadata.pop("tokenizer.ggml.unknown_token_id")
+    metadata["tokenizer.ggml.tokens"] = [changes.get(token, token) for token in metadata["tokenizer.ggml.tokens"]]
+    metadata["tokenizer.ggml.token_type"] = [kinds.get(kind, kind) for kind in metadata["tokenizer.ggml.token_type"]]
+    assert ("tokenizer.model" in gguf_tokenizer(metadata, "x").files()) == (not changes)
+
+
 def test_new_tokens_beside_a_sentencepiece_file(sentencepiece_metadata):
     """llama.cpp's converter reads tokens from that file, and others from added_tokens.json, not from tokenizer.json."""
     files = gguf_tokenizer(sentencepiece_metadata, "x").files()
+    files.pop("tokenizer.model")
+    config = json.loads(files["tokenizer_config.json"])
+    del config["added_tokens_decoder"]
+    files["tokenizer_config.json"] = json.dumps(config).encode()
     old = {"tokenizer.model": b"", "added_tokens.json": b'{"<old>": 7}'}
     assert "added_tokens.json" not in TokenizerFiles(files, "x").with_tokens(["<new>"], True).contents
     for companions, before in ((dict(list(old.items())[:1]), {}), (old, {"<old>": 7})):
