@@ -72,10 +72,14 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 def no_such_path(name: str | Path) -> str:
     """What to say of a path that does not exist, with the nearest name in its folder."""
-    path = Path(name).expanduser()
+    return f"{name}: there is no such file or folder{near_path(Path(name).expanduser())}"
+
+
+def near_path(path: Path) -> str:
+    """For a message about a path that does not exist: the nearest name in its folder."""
     names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = [str(path.parent / other) for other in close_names(path.name, names, count=1)]
-    return f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else "")
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class PythonAdvice(UserWarning):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, near_path
 
 _log = logging.getLogger(__name__)
 
@@ -27,10 +27,11 @@ class FolderFiles:
 
 
 def looked_in(path: Path) -> str:
-    """For a message about a path that is not there: the folder from which a relative path is looked up, and what to do
-    where it may be a name on the hub."""
-    if path.is_absolute():
-        return ""
+    """For a message about a path that is not there: the nearest name beside it or, of a relative path, the folder from
+    which it is looked up, and what to do where it may be a name on the hub."""
+    near = near_path(path)
+    if near or path.is_absolute():
+        return near
     where = f"; paths are looked up from {Path.cwd()}"
     if len(path.parts) != 2 or path.suffix or path.parts[0][0] in ".~" or path.parent.exists():
         return where

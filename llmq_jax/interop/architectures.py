@@ -119,7 +119,7 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
     """The config of a `config.json`, which `values` are. BadInput: an architecture that is not supported, a field that
     changes the computation and is not, or a value of the wrong type."""
     if "model_type" not in values:
-        raise BadInput(f"config.json has no model_type; supported: {SUPPORTED}")
+        raise BadInput(f"no model_type is given; supported: {SUPPORTED}")
     if not isinstance(values["model_type"], str):
         raise BadInput(f"model_type={values['model_type']!r} is no name; supported: {SUPPORTED}")
     values = language_part(values)

@@ -231,6 +231,11 @@ def config_of_run(folder: Path) -> dict[str, Any] | None:
     if names <= {LOCK, f".{CONFIG}.partial"}:
         return None
     saved = read_run_config(folder / CONFIG)
+    if saved is None and names >= {CONFIG, METRICS}:
+        raise BadInput(
+            f"{folder / CONFIG} is damaged, so that the run there does not resume; put it back, or go on from its "
+            f"weights in a new folder: --init-from {folder}"
+        )
     if saved is None:
         raise BadInput(f"{folder} is not empty and not the folder of a run; name a new or empty folder")
     return saved

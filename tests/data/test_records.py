@@ -155,6 +155,9 @@ def test_missing_file(tmp_path):
     for name in ("a.csv", "folder"):
         with pytest.raises(BadInput, match=rf"^there is no file or folder {tmp_path}/{name}$"):
             read_records(tmp_path / name)
+    (tmp_path / "chats.jsonl").touch()
+    with pytest.raises(BadInput, match=rf"^there is no file or folder .*; did you mean {tmp_path}/chats.jsonl\?$"):
+        read_records(tmp_path / "chat.jsonl")
     os.mkfifo(tmp_path / "b.csv")
     with pytest.raises(BadInput, match=r"b\.csv is not a file"):
         read_records(tmp_path / "b.csv")

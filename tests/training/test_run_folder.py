@@ -181,6 +181,14 @@ def test_foreign_folder_is_refused_and_not_touched(files, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_run_whose_config_is_damaged_is_called_one(tmp_path):
+    begun(tmp_path / "run", CONFIG)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "run" / "config.json").write_text('{"')
+    with pytest.raises(BadInput, match=r"config.json is damaged, so that .*: --init-from .*run$"):
+        RunFolder(tmp_path / "run", CONFIG)
+
+
 @pytest.mark.parametrize("folder", ["new", "new/run", "there"])
 def test_a_place_where_nothing_may_be_written_is_refused(folder, tmp_path, monkeypatch):
     """Asked of the system, because a superuser may write anywhere."""
