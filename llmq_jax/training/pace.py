@@ -38,12 +38,14 @@ class Pace:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        began = self._now()
+        began, before = self._now(), self._compiled()
         try:
             yield
         finally:
-            if self._first is not None:
-                self._paused += self._now() - began
+            if self._first is not None:  # what is compiled in the first pauses is not in later ones
+                compiling = self._compiled() - before
+                self._compiling += compiling
+                self._paused += self._now() - began - compiling
 
     @contextlib.contextmanager
     def handing_over(self) -> Iterator[None]:

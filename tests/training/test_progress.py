@@ -143,3 +143,8 @@ def test_pace_leaves_out_a_step_that_is_compiled_later():
     pace.finished(2, tokens=2000)
     assert (pace.seconds(), pace.tokens_per_second(), pace.since_mark()) == (2.0, 500.0, 500.0)
     assert pace.seconds_left() == 8.0
+    with pace.pause():  # the first evaluation, which is compiled once
+        time, compiled = 83.0, 87.0
+    time = 84.0
+    pace.finished(3, tokens=3000)
+    assert (pace.seconds(), pace.seconds_left()) == (3.0, 4 / 2 * 3)
