@@ -144,7 +144,8 @@ def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str
         except ValueError:
             fields[name] = text
         if not has_type(fields[name], hints[name]):
-            raise BadInput(f"{assignment} is not of the type {type_name(hints[name])}")
+            as_list = f"; a list is written '{name}={json.dumps([fields[name]])}'" if has_type([], hints[name]) else ""
+            raise BadInput(f"{assignment} is not of the type {type_name(hints[name])}{as_list}")
         fields[name] = as_type(fields[name], hints[name])
     return fields
 

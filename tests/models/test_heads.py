@@ -99,6 +99,8 @@ def test_labels_that_cannot_be(model_type, labels, message):
 def test_labels_are_a_field_like_others(lm, classifier):
     config_class = type(lm.config)
     assert fields_from_text(config_class, ['labels=["a", "b"]']) == {"labels": ["a", "b"]}
+    with pytest.raises(BadInput, match=r"""; a list is written 'labels=\["a"\]'$"""):
+        fields_from_text(config_class, ["labels=a"])
     again = json.loads(json.dumps(dataclasses.asdict(classifier.config)))
     assert config_class(**again) == classifier.config
 
