@@ -84,8 +84,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
         return None
-    if kind not in _BUILDERS:
-        raise BadInput(f"tokenizer.ggml.model={kind!r} is not supported, only {' and '.join(_BUILDERS)}")
+    if not isinstance(kind, str) or kind not in _BUILDERS:
+        raise BadInput(f"tokenizer.ggml.model={kind!r:.60} is not supported, only {' and '.join(_BUILDERS)}")
     vocabulary = _Vocabulary(metadata)
     try:
         tokenizer = _BUILDERS[kind](vocabulary)

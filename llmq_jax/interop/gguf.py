@@ -58,7 +58,7 @@ FIXED = {
 HARMLESS = ("expert_used_count", "rope.scaling.finetuned", "tensor_data_layout")
 SCALED_BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3": 62}
 """{architecture: layers of its model of 27 billion parameters}: the one that divides attention's scores by the square
-root of hidden_size / heads, not of a head's width. No metadata tell, and llama.cpp goes by the layers, too."""
+root of hidden_size / heads, not of a head's width. No metadata tell this, and llama.cpp goes by the layers, too."""
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 """The name of a file that holds a part of a model."""
@@ -107,8 +107,13 @@ def _files_of(path: Path) -> list[Path]:
     folder, wanted = found[0].parent, (f"{name}-{number:05}-of-{count}.gguf" for number in range(1, int(count) + 1))
     there = {file.name for file in folder.glob("*.gguf")}
     whole = [file for file in wanted if file in there]
-    if len(whole) != int(count):
-        raise BadInput(f"{folder}: {int(count) - len(whole)} of the {int(count)} parts of {name} are not there")
+    if len(whole) != int(count) or found[0].name not in whole:
+        missing = int(count) - len(whole)
+        raise BadInput(
+            f"{folder}: {missing} of the {int(count)} parts of {name} are not there"
+            if missing
+            else f"{found[0]}: is named as a part beyond the {int(count)} that there are"
+        )
     return [folder / file for file in whole]
 
 
@@ -230,9 +235,11 @@ class _Metadata:
         each layer that is true if it is local."""
         key = "attention.sliding_window_pattern"
         pattern = self._get(key, every)
-        if isinstance(pattern, list) and len(pattern) >= layers:
+        if isinstance(pattern, list) and len(pattern) >= layers and all(type(flag) is bool for flag in pattern):
             return [LOCAL if flag else GLOBAL for flag in pattern[:layers]]
         every = self._integer(key, every)
+        if every < 0:
+            raise BadInput(f"{self._architecture}.{key}={every} is negative")
         return [LOCAL if every == 0 or layer % every < every - 1 else GLOBAL for layer in range(layers)]
 
     def _check_fixed(self) -> None:
@@ -328,6 +335,9 @@ def generation_config(metadata: Mapping[str, Any]) -> GenerationConfig:
     kinds = metadata.get("tokenizer.ggml.token_type", [])
     template = metadata.get(CHAT_TEMPLATE, "")
     named = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")}
+    for name, number in named.items():
+        if number is not None and type(number) is not int:
+            raise BadInput(f"tokenizer.ggml.{name}_token_id={number!r:.60} is not an integer")
     ends = [named[name] for name in ("eos", "eot", "eom") if named[name] is not None]
     written = [text for text in END_OF_TURN if text in template]
     if written:

@@ -405,6 +405,7 @@ def test_sentencepiece_as_transformers_reads_and_loads_it(sentencepiece_metadata
     ("changes", "reason"),
     [
         ({"model": "t5"}, "tokenizer.ggml.model='t5' is not supported, only gpt2 and llama"),
+        ({"model": ["gpt2"]}, "tokenizer.ggml.model=['gpt2'] is not supported, only gpt2 and llama"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre='tekken' is not supported, only default, gpt-2, smollm"),
         ({"pre": 7}, "tokenizer.ggml.pre is no str"),
         ({"tokens": None}, "the metadata lacks tokenizer.ggml.tokens"),

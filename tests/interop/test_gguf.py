@@ -277,6 +277,10 @@ def test_a_model_in_parts(tmp_path):
         BadInput, match=r"00003-of-00003.gguf: is part 1 of 3 of a model, counted from 0, and not 2 of 3"
     ):
         load(parts[0])
+    beyond = parts[-1].with_name("m-00004-of-00003.gguf")
+    beyond.touch()
+    with pytest.raises(BadInput, match=r"m-00004-of-00003.gguf: is named as a part beyond the 3 that there are"):
+        load(beyond)
     parts[-1].rename(folder / "x.gguf").write_bytes(last)
     with pytest.raises(BadInput, match="parts: 1 of the 3 parts of m are not there"):
         load(parts[0])
@@ -301,6 +305,12 @@ def test_end_of_turn_ends_a_text_too(tiny):
     text = {"tokens": ["<|eot_id|>"], "token_type": [1]}  # as that of a control token, which this one is not
     metadata = {f"tokenizer.ggml.{name}": value for name, value in text.items()}
     assert generation_config(metadata | {CHAT_TEMPLATE: "<|eot_id|>"}).eos_token_id == ()
+
+
+def test_end_tokens_that_are_no_numbers():
+    metadata = {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.eot_token_id": [1]}
+    with pytest.raises(BadInput, match=r"tokenizer.ggml.eot_token_id=\[1\] is not an integer"):
+        generation_config(metadata)
 
 
 def test_end_tokens_by_name(tmp_path):
@@ -408,12 +418,14 @@ def test_other_architectures(tmp_path):
         ("qwen2", "expert_count", 8, "qwen2.expert_count=8 is not supported for this architecture"),
         ("gemma3_text", "rope.scaling.type", "yarn", "gemma3 with RoPE that is scaled otherwise than linearly is not"),
         ("gemma3_text", "attention.sliding_window_pattern", [True], "sliding_window_pattern=[True] is not an integer"),
+        ("gemma3_text", "attention.sliding_window_pattern", [2, 3], "sliding_window_pattern=[2, 3] is not an integer"),
+        ("gemma3_text", "attention.sliding_window_pattern", -6, "sliding_window_pattern=-6 is negative"),
         ("gemma2", "attn_logit_softcapping", 0.0, "attn_logit_softcapping=0.0 must be positive and finite, or None"),
     ],
 )
 def test_metadata_of_experts_and_gemma_that_are_not_supported(tmp_path, model_type, key, value, reason):
     def change(writer):
-        kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        kinds = {int: writer.add_int32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
         writer.kv_data[0].pop(f"{writer.arch}.{key}", None)
         kinds[type(value)](f"{writer.arch}.{key}", value)
         writer.add_float32(f"{writer.arch}.rope.scaling.factor", 4.0)
