@@ -91,9 +91,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
         tokenizer = _BUILDERS[kind](vocabulary)
         _add_tokens(tokenizer, vocabulary)
         content = tokenizer.to_str().encode()
+        of_pieces = kind == "llama" and not vocabulary.has("merges")
+        model = vocabulary.sentencepiece_model() if of_pieces else None
     except BadInput:
         raise
-    except Exception as error:  # tokenizers raises plain Exception
+    except Exception as error:  # tokenizers raises plain Exception; a score may be too large for the other file
         raise BadInput(f"the tokenizer cannot be built ({error})") from error
     config = {
         # This class takes tokenizer.json as it is; the classes of architectures replace parts of it.
@@ -104,8 +106,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
     if CHAT_TEMPLATE in metadata:
         config["chat_template"] = vocabulary.get(CHAT_TEMPLATE, str)
     files = {"tokenizer.json": content}
-    if kind == "llama" and not vocabulary.has("merges") and (own := vocabulary.sentencepiece_model()) is not None:
-        files["tokenizer.model"] = own
+    if model is not None:
+        files["tokenizer.model"] = model
         # In this file tokens of a user are like others: what they are is said here, as in folders of the hub.
         added = json.loads(content)["added_tokens"]
         config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}

@@ -62,7 +62,7 @@ DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
 # Patterns match across slashes, and subfolders hold other formats of the same weights.
 NOT_DOWNLOADED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin")
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
-GGUF_NAME = r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)"
+GGUF_NAME = r"([\w.-]+/[\w.-]+)/((?!.*\.\.)[\w./-]+\.gguf)"
 """A GGUF file on the hub: "org/name/file.gguf"."""
 
 

@@ -497,6 +497,12 @@ def test_vocabularies_that_sentencepiece_has_no_file_for(sentencepiece_metadata,
     assert ("tokenizer.model" in gguf_tokenizer(metadata, "x").files()) == (not changes)
 
 
+def test_a_score_that_sentencepiece_could_not_hold(sentencepiece_metadata):
+    scores = [-1e300, *sentencepiece_metadata["tokenizer.ggml.scores"][1:]]
+    with pytest.raises(BadInput, match="the tokenizer cannot be built "):
+        gguf_tokenizer(sentencepiece_metadata | {"tokenizer.ggml.scores": scores}, "x")
+
+
 def test_new_tokens_beside_a_sentencepiece_file(sentencepiece_metadata):
     """llama.cpp's converter reads tokens from that file, and others from added_tokens.json, not from tokenizer.json."""
     files = gguf_tokenizer(sentencepiece_metadata, "x").files()

@@ -133,6 +133,7 @@ def test_a_gguf_file_of_the_hub(tmp_path, monkeypatch):
         lm = load(f"org/tiny-GGUF/{name}@v1")
         assert (lm.config.model_type, fetched) == ("llama", files)
     assert "the Hugging Face hub has org/tiny-GGUF, but no x.gguf in it" in refused(load, "org/tiny-GGUF/x.gguf@v1")
+    assert refused(load, "org/tiny-GGUF/../m.gguf") == "org/tiny-GGUF/../m.gguf: there is no such file or folder"
     for path in tmp_path.glob("*.gguf"):
         path.unlink()
     assert "of GGUF files, name one: org/tiny-GGUF/FILE.gguf" in refused(load, "org/tiny-GGUF@v1")
