@@ -107,13 +107,10 @@ def _files_of(path: Path) -> list[Path]:
     folder, wanted = found[0].parent, (f"{name}-{number:05}-of-{count}.gguf" for number in range(1, int(count) + 1))
     there = {file.name for file in folder.glob("*.gguf")}
     whole = [file for file in wanted if file in there]
-    if len(whole) != int(count) or found[0].name not in whole:
-        missing = int(count) - len(whole)
-        raise BadInput(
-            f"{folder}: {missing} of the {int(count)} parts of {name} are not there"
-            if missing
-            else f"{found[0]}: is named as a part beyond the {int(count)} that there are"
-        )
+    if missing := int(count) - len(whole):
+        raise BadInput(f"{folder}: {missing} of the {int(count)} parts of {name} are not there")
+    if found[0].name not in whole:
+        raise BadInput(f"{found[0]}: is named as a part beyond the {int(count)} that there are")
     return [folder / file for file in whole]
 
 
