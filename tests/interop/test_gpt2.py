@@ -233,12 +233,13 @@ def test_names_of_no_architecture_are_shown():
     )
 
 
-def test_the_closest_layout_may_be_another_architectures():
-    """All names of Llama's original layout are unknown to `hf`."""
+@pytest.mark.parametrize("layout", ["original", "gguf"])
+def test_the_closest_layout_may_be_another_architectures(layout):
+    """All names of Llama's layouts are unknown to `hf`; GPT-2 shares some of `original`, and has no `gguf`."""
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1}
     config = Llama3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-    state = to_state_dict(draw_variables(config), config, "original")
-    assert "pass that (--layout original)" in refused(resolve_config, None, None, state, "hf")
+    state = to_state_dict(draw_variables(config), config, layout)
+    assert f"pass that (--layout {layout})" in refused(resolve_config, None, None, state, "hf")
 
 
 def test_what_is_wrong_within_the_right_layout_is_named():
