@@ -312,6 +312,23 @@ def test_processes_share_a_batch(packing):
         instruction_batches(examples, **options, process_count=4)
 
 
+def test_counting_the_tokens_of_a_batch_draws_no_order_again():
+    """A draw of grain's takes milliseconds where an epoch has a few batches."""
+    batches = instruction_batches(draw(20, 30), context=64, batch_size=4)
+    before = batches._order
+    drawn = []
+
+    class Recorded:
+        def __getitem__(self, step):
+            drawn.append(step)
+            return before[step]
+
+    batches = replace(batches, _order=Recorded())
+    for step in range(3):
+        assert batches.count_tokens(step) == np.count_nonzero(batches[step]["segment_ids"])
+    assert drawn == [0, 1, 2]
+
+
 def test_padded_rows_have_few_lengths():
     examples = draw(200, 100, shortest=2)
     batches = instruction_batches(examples, context=512, batch_size=4, packing=False)
