@@ -58,6 +58,13 @@ class GenerationConfig:
         ids: dict[str, Any] = {name: values.get(name) for name in TOKEN_IDS}
         return cls(**ids, other={name: value for name, value in values.items() if name not in TOKEN_IDS})
 
+    @classmethod
+    def of_one_token(cls, end: int | None, vocab_size: int) -> "GenerationConfig":
+        """As in GPT-2: the same token ends and begins a text; none where the vocabulary does not have it."""
+        if end is None or end >= vocab_size:
+            return cls()
+        return cls(eos_token_id=(end,), bos_token_id=end)
+
     @property
     def repetition_penalty(self) -> Any:
         """What the file says of it, unchecked; 1.0 where that is nothing."""

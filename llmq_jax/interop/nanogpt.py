@@ -60,8 +60,7 @@ def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     if tokenizer is None and config.vocab_size in GPT2_VOCABULARIES:
         tokenizer = GPT2Tokenizer()
     end = None if tokenizer is None else tokenizer.end_of_text
-    generation = GenerationConfig.from_hf({"eos_token_id": end, "bos_token_id": end})
-    return Contents(config, variables, tokenizer, generation)
+    return Contents(config, variables, tokenizer, GenerationConfig.of_one_token(end, config.vocab_size))
 
 
 def config_from_model_args(values: Mapping[str, Any]) -> GPT2Config:

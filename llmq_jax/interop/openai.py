@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.data.tokenizer_loading import tokenizer_in
-from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput, at_place
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import Contents, read_state
@@ -48,7 +47,8 @@ def read_openai(folder: Path, config: Any = None, dtype: Any = None) -> Contents
             state, LAYOUT, config, dtype, lambda: config_from_hparams(file) if file.is_file() else None
         )
     tokenizer = tokenizer_in(folder)
-    return Contents(config, variables, tokenizer, _generation_config(tokenizer, config))
+    end = END_OF_TEXT if tokenizer is None else tokenizer.end_of_text
+    return Contents(config, variables, tokenizer, GenerationConfig.of_one_token(end, config.vocab_size))
 
 
 def config_from_hparams(path: Path) -> GPT2Config:
@@ -79,11 +79,3 @@ def checkpoint_index(folder: Path) -> Path:
     if newest not in found:
         raise BadInput(f"{folder}: has {len(found)} checkpoints ({', '.join(found)}), and no file says which; keep one")
     return found[newest]
-
-
-def _generation_config(tokenizer: Tokenizer | None, config: GPT2Config) -> GenerationConfig:
-    """The same token ends and begins a text: the tokenizer's or, without a tokenizer, GPT-2's; none if the vocabulary
-    does not have it."""
-    end = END_OF_TEXT if tokenizer is None else tokenizer.end_of_text
-    end = None if end is None or end >= config.vocab_size else end
-    return GenerationConfig.from_hf({"eos_token_id": end, "bos_token_id": end})

@@ -187,6 +187,12 @@ def test_a_tokenizer_in_the_same_folder(tmp_path):
     assert lm.generation.eos_token_id == (256,)
 
 
+def test_an_end_of_text_outside_the_vocabulary_ends_nothing(tmp_path):
+    _, path = checkpoint(tmp_path, sizes={"n_layer": 1})
+    ByteTokenizer().save(tmp_path)
+    assert load(path).generation == GenerationConfig()
+
+
 def test_a_given_config(tmp_path):
     _, path = checkpoint(tmp_path)
     tanh = override(CONFIG, activation_function="gelu_new")
