@@ -86,7 +86,7 @@ class LoRA:
         require(self.rank >= 1, "rank", "must be at least 1")
         require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "must be positive, and finite")
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
-        advice = did_you_mean(self.variant.lower(), get_args(Variant), count=1)
+        advice = did_you_mean(str(self.variant).lower(), get_args(Variant), count=1)
         require(self.variant in get_args(Variant), "variant", f"is unknown; {advice}")
         require(self.numbers is None or self.numbers >= 1, "numbers", "must be at least 1")
         tiny = self.variant == "tinylora"

@@ -492,6 +492,7 @@ def test_bad_adapters_are_refused_in_one_line(fields, message):
         ("targets", [1], "LoRA: targets=[1] must be a name, or several: ('query', 'value')"),
         ("variant", "DoRA", "LoRA: variant='DoRA' is unknown; did you mean dora?"),
         ("variant", "pissa", "LoRA: variant='pissa' is unknown; choose from lora, dora, lora-xs, tinylora"),
+        ("variant", None, "LoRA: variant=None is unknown; choose from lora, dora, lora-xs, tinylora"),
         ("layers", 1, "LoRA: layers=1 must be a sequence: (0, 1), or (1,) for one layer"),
         ("layers", ["1"], "LoRA: layers=['1'] must be a sequence of whole numbers: (0, 1)"),
         ("whole", None, "LoRA: whole=None must be a name, or several: ('token_embedding', 'lm_head')"),
