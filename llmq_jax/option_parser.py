@@ -100,10 +100,11 @@ def parse(options: type, arguments: list[str], program: str, default: Any) -> An
 
 
 def _refuse_empty_paths(options: type, given: dict[str, Any]) -> None:
-    """An empty path would be the current folder."""
+    """An empty path would be the current folder, one of spaces a folder that nobody finds."""
     bare = without_names(options)
     for name, value in given.items():
-        if name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
+        paths = value if isinstance(value, tuple) else (value,)
+        if name in PATHS and any(isinstance(path, str) and not path.strip() for path in paths):
             shown = name.upper() if name in bare else option_name(name)
             raise BadInput(f"{shown} is empty, as from a shell variable that is not set; give a path or a name")
 

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -358,7 +358,7 @@ def _called(
     arguments = copy.deepcopy({"prompts": prompts, "completions": completions, **columns})
     try:
         returned = function(**arguments)
-        values = list(returned) if isinstance(scalar(returned), Iterable) else None
+        values = list(returned) if _is_iterable(scalar(returned)) else None
     except FAULTS as error:
         raise BadInput(f"the reward {name!r} failed with {_error_line(error)}{_place(error, function)}") from error
     if values is None:
@@ -371,6 +371,15 @@ def _called(
             f"the reward {name!r} returned {counted(len(values), 'value')} for {len(completions)} completions"
         )
     return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)
+
+
+def _is_iterable(value: Any) -> bool:
+    """Also by `__getitem__` alone, which `Iterable` does not know."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _place(error: BaseException, function: RewardFunction) -> str:

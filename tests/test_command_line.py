@@ -368,7 +368,7 @@ def test_a_leading_tilde_of_a_path_is_the_home_directory(capsys, monkeypatch, tm
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["", "x"], "RUN"), (["a", ""], "OTHERS"), (["a", "--out", ""], "--out"), (["a", "--init-from="], "--init-from")],
+    [(["", "x"], "RUN"), (["a", " "], "OTHERS"), (["a", "--out", ""], "--out"), (["a", "--init-from="], "--init-from")],
 )
 def test_an_empty_path_is_not_the_current_folder(capsys, arguments, named):
     """Which `--data "$DATA"` would read where the variable is not set."""

@@ -227,6 +227,18 @@ def test_a_function_in_another_takes_what_that_one_takes():
     np.testing.assert_array_equal(total, [1.0])
 
 
+class Indexed:
+    """A list by its indices alone, as Python's oldest protocol has it."""
+
+    def __getitem__(self, index):
+        return [1.0, 0.5][index]
+
+
+def test_values_that_are_read_by_their_indices():
+    total, _ = Rewards(("mine",), (lambda prompts, completions, **_: Indexed(),), (1.0,))(["a", "b"], ["x", "y"], {})
+    np.testing.assert_array_equal(total, [1.0, 0.5])
+
+
 def refuse():
     raise ValueError("no\nsuch thing")
 

@@ -17,16 +17,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llmq_jax.data.sentencepiece_model import sentencepiece_model
 from llmq_jax.data.tokenizers import FileTokenizer
 from llmq_jax.errors import BadInput, warn
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""Kinds of tokens (`tokenizer.ggml.token_type`); 5 and 6, unused tokens and bytes, need no treatment of their own."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of tokens (`tokenizer.ggml.token_type`)."""
+BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+"""How a vocabulary of SentencePiece spells bytes."""
 
 NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """{name in tokenizer_config.json: name in the metadata}."""
@@ -95,7 +99,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
         model = vocabulary.sentencepiece_model() if of_pieces else None
     except BadInput:
         raise
-    except Exception as error:  # tokenizers raises plain Exception; a score may be too large for the other file
+    except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"the tokenizer cannot be built ({error})") from error
     config = {
         # This class takes tokenizer.json as it is; the classes of architectures replace parts of it.
@@ -131,7 +135,7 @@ class _Vocabulary:
         if self.has("token_type"):
             self.kinds = self._list("token_type", int, len(self.tokens))
         else:
-            self.kinds = [NORMAL] * len(self.tokens)
+            self.kinds = [BYTE if token in BYTES else NORMAL for token in self.tokens]
             for number in self.named.values():
                 if number is not None:
                     self.kinds[number] = CONTROL
@@ -166,7 +170,7 @@ class _Vocabulary:
         """All pairs of tokens that join to a third token, ordered by its score, the highest first. Of pairs with equal
         scores llama.cpp joins the leftmost, so that a run of spaces, whose tokens have one score, grows from its left:
         as it does where longer tokens come first."""
-        scores = self._list("scores", float, len(self.tokens))
+        scores = self._scores()
         pairs = zip(self.tokens, self.kinds, strict=True)
         ordinary = {token for token, kind in pairs if kind in (NORMAL, USER_DEFINED)}
         merges = []
@@ -179,12 +183,16 @@ class _Vocabulary:
 
     def sentencepiece_model(self) -> bytes | None:
         """The vocabulary as SentencePiece's own file. None where that cannot say the same: no token is that of unknown
-        text, or one that a user defined has "▁" in it (there these come first, with "▁" for their spaces)."""
+        text, not every byte has one, a token is empty or of no known kind, or one that a user defined has "▁" in it
+        (there these come first, with "▁" for their spaces)."""
         unknown = self.named["unk_token"]
         if unknown is None:  # converters that take it for a control token do not name it either
             unknown = self.kinds.index(UNKNOWN) if UNKNOWN in self.kinds else self.ids.get("<unk>")
-        scores, pieces = self._list("scores", float, len(self.tokens)), list[tuple[str, float, int]]()
-        for number, (token, score, kind) in enumerate(zip(self.tokens, scores, self.kinds, strict=True)):
+        bytes_there = {token for token, kind in zip(self.tokens, self.kinds, strict=True) if kind == BYTE}
+        if bytes_there != BYTES or "" in self.ids or not {*self.kinds} <= {*range(NORMAL, BYTE + 1)}:
+            return None
+        pieces = list[tuple[str, float, int]]()
+        for number, (token, score, kind) in enumerate(zip(self.tokens, self._scores(), self.kinds, strict=True)):
             if kind == USER_DEFINED and "▁" in token:
                 return None
             text = token.replace(" ", "▁") if kind == USER_DEFINED else token
@@ -193,6 +201,13 @@ class _Vocabulary:
         if unknown is None or len({text for text, *_ in pieces}) < len(pieces):
             return None
         return sentencepiece_model(pieces, self.named | {"unk_token": unknown}, self.flag("add_space_prefix", True))
+
+    def _scores(self) -> list[float]:
+        scores = self._list("scores", float, len(self.tokens))
+        for token, score in zip(self.tokens, scores, strict=True):
+            if not abs(score) <= FLOAT32_MAX:  # nor is nan
+                raise BadInput(f"tokenizer.ggml.scores gives {token!r:.60} {score}, which is not finite in 32 bits")
+        return scores
 
     def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
         key = f"tokenizer.ggml.{name}"

@@ -224,7 +224,8 @@ class _Metadata:
         if window:
             own["sliding_window"] = min(window, fields["max_position_embeddings"])
         by_hidden_size = layers == SCALED_BY_HIDDEN_SIZE[self._architecture]
-        width = fields["hidden_size"] // fields["num_attention_heads"] if by_hidden_size else fields["head_dim"]
+        heads = max(fields["num_attention_heads"], 1)  # the config refuses 0
+        width = fields["hidden_size"] // heads if by_hidden_size else fields["head_dim"]
         return own | {"query_pre_attn_scalar": width}
 
     def _layer_types(self, every: int, layers: int) -> list[str]:

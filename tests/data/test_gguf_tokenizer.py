@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import unicodedata
 from itertools import pairwise
 
@@ -481,25 +482,37 @@ def test_the_file_of_sentencepiece(sentencepiece_metadata, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "kinds"),
+    ("changes", "kinds", "has_file"),
     [
-        ({}, {2: 3, 3: 2}),  # an unknown token of a control's kind, by its name; and another of that kind
-        ({"<unk>": "<none>"}, {2: 3}),
-        ({"<|tool|>": "▁tool"}, {}),
-        ({"<|tool|>": " "}, {}),  # "▁" is there
+        ({}, {2: 3, 3: 2}, True),  # an unknown token of a control's kind, by its name; and another of that kind
+        ({"<unk>": "<none>"}, {2: 3}, False),
+        ({"<|tool|>": "▁tool"}, {}, False),
+        ({"<|tool|>": " "}, {}, False),  # "▁" is there
+        ({"<0x0A>": "<newline>"}, {}, False),
+        ({}, {6: 1}, False),
+        ({"unused": ""}, {}, False),
+        ({}, {5: 0}, False),
     ],
 )
-def test_vocabularies_that_sentencepiece_has_no_file_for(sentencepiece_metadata, changes, kinds):
+def test_vocabularies_that_sentencepiece_has_no_file_for(sentencepiece_metadata, changes, kinds, has_file):
     metadata = dict(sentencepiece_metadata)
     metadata.pop("tokenizer.ggml.unknown_token_id")
     metadata["tokenizer.ggml.tokens"] = [changes.get(token, token) for token in metadata["tokenizer.ggml.tokens"]]
     metadata["tokenizer.ggml.token_type"] = [kinds.get(kind, kind) for kind in metadata["tokenizer.ggml.token_type"]]
-    assert ("tokenizer.model" in gguf_tokenizer(metadata, "x").files()) == (not changes)
+    assert ("tokenizer.model" in gguf_tokenizer(metadata, "x").files()) == has_file
 
 
-def test_a_score_that_sentencepiece_could_not_hold(sentencepiece_metadata):
-    scores = [-1e300, *sentencepiece_metadata["tokenizer.ggml.scores"][1:]]
-    with pytest.raises(BadInput, match="the tokenizer cannot be built "):
+def test_kinds_that_a_sentencepiece_vocabulary_does_not_give(sentencepiece_metadata):
+    given = dict(sentencepiece_metadata)
+    kinds = given.pop("tokenizer.ggml.token_type")
+    found = ModelProto.FromString(gguf_tokenizer(given, "x").files()["tokenizer.model"])
+    assert [piece.type for piece in found.pieces] == [1 if kind in (4, 5) else kind for kind in kinds]
+
+
+@pytest.mark.parametrize("score", [-1e300, float("nan"), float("-inf")])
+def test_a_score_that_sentencepiece_could_not_hold(sentencepiece_metadata, score):
+    scores = [*sentencepiece_metadata["tokenizer.ggml.scores"][:-1], score]
+    with pytest.raises(BadInput, match=re.escape(f"scores gives 'unused' {score}, which is not finite in 32 bits")):
         gguf_tokenizer(sentencepiece_metadata | {"tokenizer.ggml.scores": scores}, "x")
 
 

@@ -434,6 +434,21 @@ def test_metadata_of_experts_and_gemma_that_are_not_supported(tmp_path, model_ty
     assert reason in refused(load, tmp_path / "model.gguf")
 
 
+def test_a_gemma_without_heads(tmp_path, monkeypatch):
+    """Of the size whose queries are scaled by the width of a head on average."""
+    monkeypatch.setattr("llmq_jax.interop.gguf.SCALED_BY_HIDDEN_SIZE", {"gemma2": 1})
+    path = tmp_path / "gemma.gguf"
+    writer = GGUFWriter(path, "gemma2")
+    for name, value in {"embedding_length": 2, "block_count": 1, "feed_forward_length": 2, "context_length": 8}.items():
+        writer.add_uint32(f"gemma2.{name}", value)
+    writer.add_uint32("gemma2.attention.head_count", 0)
+    writer.add_float32("gemma2.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((0, 2), np.float32))
+    write(writer)
+    assert "num_attention_heads=0 must be at least 1" in refused(load, path)
+
+
 def test_missing_metadata(tmp_path):
     path = tmp_path / "bare.gguf"
     writer = GGUFWriter(path, "llama")
