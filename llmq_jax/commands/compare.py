@@ -3,9 +3,11 @@
 llmq compare runs/mine runs/dyt --out losses.png
 """
 
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,6 +15,9 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import Positional, default_is
 
 LONGEST = 20  # characters of a value in the table of what differs
+SEPARATORS = " -_./="
+Cell = float | int | str | None
+"""A value, a count, a name, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,15 @@ class Options:
     """Metric to show and draw: any number in metrics.jsonl, such as validation_accuracy."""
     x: Annotated[Literal["step", "tokens", "seconds"] | None, default_is("step")] = None
     """Horizontal axis of the plot; seconds are those of training, without compiling, evaluation and checkpoints."""
+    mean_over: Annotated[str | None, default_is("each run for itself")] = None
+    """Option such as seed: runs that differ in it alone become one row and one curve, of mean and standard deviation.
+    """
     out: Annotated[str | None, default_is("no plot")] = None
     """PNG file to draw the plot into."""
 
 
 def main(options: Options) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from llmq_jax.commands.tables import print_table
-    from llmq_jax.training.plots import plot_comparison, run_names
-    from llmq_jax.training.run_folder import what_differs
+    from llmq_jax.training.plots import run_names
 
     folders = (options.run, *options.others)
     if options.out is not None and Path(options.out).suffix.lower() != ".png":
@@ -46,46 +49,80 @@ def main(options: Options) -> None:
         raise BadInput("--x has no effect without --out; leave it out, or give a PNG to draw into")
 
     runs = read_runs(dict(zip(run_names(folders), map(Path, folders), strict=True)), options)
-    titles = ["training", "judged by", "validation", "best", "at step"]
-    if options.metric is not None:
-        titles = ["last", "lowest", "at step", "highest", "at step"]
-    table = Table("run", box=None, header_style="bold", pad_edge=False)
-    for title in ("steps", *titles, "tokens/s"):
-        table.add_column(title, justify="right")
-    for name, run in runs.items():
-        table.add_row(*map(Text, (name, *run.cells)))  # brackets are no style
-    if options.metric is not None:
-        print(options.metric)
-    print_table(table)
-    if differing := what_differs([run.folder for run in runs.values()]):
-        apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
-        for name in runs:
-            apart.add_column(Text(name), justify="right")
-        for option, values in differing.items():
-            lines = [value.replace("\n", "\\n") for value in values]  # one row each
-            cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in lines]
-            apart.add_row(option.removeprefix("options."), *map(Text, cut))
-        print()
-        print_table(apart)
+    averaged = None if options.mean_over is None else options.mean_over.replace("-", "_")
+    groups = {name: [run] for name, run in runs.items()} if averaged is None else grouped(runs, averaged)
+    print_results(groups, options.metric)
+    print_differences(groups, averaged)
     if options.out is not None:
-        together = runs if options.metric is not None else drawn_together(runs)
-        if left_out := [name for name in runs if name not in together]:
-            why = "judged by the reward" if is_judged_by_reward(runs[left_out[0]]) else "not judged by the reward"
-            names = ", ".join(left_out)
-            print(f"left out of the plot, as {why}: {names}; give a --metric to draw all", file=sys.stderr)
-        metric = options.metric or common_metric(list(together.values()))
-        drawn = {name: run.folder for name, run in together.items()}
-        print(f"drawn: {plot_comparison(drawn, options.out, metric, options.x or 'step')}")
+        draw(groups, options.out, options.metric, options.x or "step")
 
 
 class Run(NamedTuple):
+    name: str
     folder: Path
     records: list[dict[str, Any]]
     judge: tuple[str, str] | None
     """What its best step is judged by, a mean of the validation or GRPO's reward, and whether the lowest or highest
     value is best."""
-    cells: list[str]
-    """Those of its row, after its name."""
+    row: list[Cell]
+    """What stands after its name."""
+
+
+Groups = dict[str, list[Run]]
+"""What is one row and one curve, by its name: a run, or runs of which that shows the mean."""
+
+
+def print_results(groups: Groups, metric: str | None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmq_jax.commands.tables import print_table
+
+    titles = ["training", "judged by", "validation", "best", "at step"]
+    if metric is not None:
+        titles = ["last", "lowest", "at step", "highest", "at step"]
+        print(metric)
+    table = Table("run", box=None, header_style="bold", pad_edge=False)
+    for title in ("steps", *titles, "tokens/s"):
+        table.add_column(title, justify="right")
+    for name, runs in groups.items():
+        columns = zip(*(run.row for run in runs), strict=True)
+        table.add_row(*map(Text, (name, *map(text_of, columns))))  # brackets are no style
+    print_table(table)
+
+
+def print_differences(groups: Groups, averaged: str | None) -> None:
+    """The options in which these differ, beside that which differs within them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmq_jax.commands.tables import print_table
+    from llmq_jax.training.run_folder import what_differs
+
+    table = Table("differing in", box=None, header_style="bold", pad_edge=False)
+    for name in groups:
+        table.add_column(Text(name), justify="right")
+    for name, values in what_differs([runs[0].folder for runs in groups.values()]).items():
+        if (option := name.removeprefix("options.")) != averaged:
+            lines = [value.replace("\n", "\\n") for value in values]  # one row each
+            cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in lines]
+            table.add_row(option, *map(Text, cut))
+    if table.row_count:
+        print()
+        print_table(table)
+
+
+def draw(groups: Groups, path: str, metric: str | None, across: str) -> None:
+    from llmq_jax.training.plots import plot_comparison
+
+    together = groups if metric is not None else drawn_together(groups)
+    if left_out := [name for name in groups if name not in together]:
+        why = "judged by the reward" if is_judged_by_reward(groups[left_out[0]]) else "not judged by the reward"
+        names = ", ".join(left_out)
+        print(f"left out of the plot, as {why}: {names}; give a --metric to draw all", file=sys.stderr)
+    metric = metric or common_metric([run for runs in together.values() for run in runs])
+    folders = {name: [run.folder for run in runs] for name, runs in together.items()}
+    print(f"drawn: {plot_comparison(folders, path, metric, across)}")
 
 
 def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
@@ -102,13 +139,13 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
                 require_metric(name, records, options.metric)
             positions(name, records, options.x or "step")  # which refuses records without this axis
             judge = judged_by(folder, records)
-            row = cells(records, judge, options.metric)
+            row = row_of(records, judge, options.metric)
         except BadInput as fault:
             if not folder.exists():
                 raise
             faults.append(fault)
         else:
-            runs[name] = Run(folder, records, judge, row)
+            runs[name] = Run(name, folder, records, judge, row)
     if not runs:
         raise faults[0]
     for left_out in faults:
@@ -128,16 +165,16 @@ def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | 
     return ("loss", "lowest") if curve(records, "validation_loss") else None
 
 
-def is_judged_by_reward(run: Run) -> bool:
-    return run.judge is not None and run.judge[0] == "reward"
+def is_judged_by_reward(runs: list[Run]) -> bool:
+    return any(run.judge is not None and run.judge[0] == "reward" for run in runs)
 
 
-def drawn_together(runs: dict[str, Run]) -> dict[str, Run]:
-    """The runs to draw where no metric is given. Of rewards and losses, which share no axis, those that more runs have;
-    of as many, those of the first run."""
-    rewarded = [is_judged_by_reward(run) for run in runs.values()]
+def drawn_together(groups: Groups) -> Groups:
+    """What to draw where no metric is given. Of rewards and losses, which share no axis, those that more of these have;
+    of as many, those of the first."""
+    rewarded = [is_judged_by_reward(runs) for runs in groups.values()]
     drawn = max(rewarded, key=rewarded.count)
-    return {name: run for name, run in runs.items() if is_judged_by_reward(run) == drawn}
+    return {name: runs for name, runs in groups.items() if is_judged_by_reward(runs) == drawn}
 
 
 def common_metric(runs: list[Run]) -> str | None:
@@ -151,22 +188,20 @@ def common_metric(runs: list[Run]) -> str | None:
     return next((name for name in names if all(curve(run.records, name) for run in runs)), None)
 
 
-def cells(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[str]:
-    """`Run.cells`: of the given metric or, where that is None, of what the run is judged by."""
-    import statistics
-
+def row_of(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[Cell]:
+    """`Run.row`: of the given metric or, where that is None, of what the run is judged by."""
     from llmq_jax.training.metrics import VALIDATION
-    from llmq_jax.training.plots import curve, shown_value, training_curve
+    from llmq_jax.training.plots import curve, training_curve
 
-    def last(points: list[tuple[int, float]]) -> str:
-        return shown_value(points[-1][1]) if points else ""
+    def last(points: list[tuple[int, float]]) -> Cell:
+        return float(points[-1][1]) if points else None
 
-    def extreme(points: list[tuple[int, float]], pick: Callable[..., Any]) -> list[str]:
+    def extreme(points: list[tuple[int, float]], pick: Callable[..., Any]) -> list[Cell]:
         """The extreme value, and the first step that has it."""
         if not points:
-            return ["", ""]
+            return [None, None]
         step, value = pick(points, key=lambda point: point[1])
-        return [shown_value(value), f"{step:,}"]
+        return [float(value), step]
 
     if metric is None:
         mean, best = judge or ("", "lowest")
@@ -178,4 +213,42 @@ def cells(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: 
         found = curve(records, metric)
         row = [last(found), *extreme(found, min), *extreme(found, max)]
     speeds = [speed for _, speed in curve(records, "tokens_per_second")]
-    return [f"{records[-1]['step']:,}", *row, f"{statistics.median(speeds):,.0f}" if speeds else ""]
+    return [records[-1]["step"], *row, round(statistics.median(speeds)) if speeds else None]
+
+
+def text_of(cells: Sequence[Cell]) -> str:
+    """What one run has in a column, or several: of steps the range, of values the mean and the sample standard
+    deviation; nothing where one of them has none."""
+    from llmq_jax.training.plots import shown_value
+
+    values, counts = [[cell for cell in cells if isinstance(cell, kind)] for kind in (float, int)]
+    if len(values) == len(cells):
+        return shown_value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    if len(counts) == len(cells):
+        return "–".join(f"{end:,}" for end in sorted({min(counts), max(counts)}))
+    names = [cell for cell in cells if isinstance(cell, str)]
+    return ", ".join(dict.fromkeys(names)) if len(names) == len(cells) else ""
+
+
+def grouped(runs: dict[str, Run], option: str) -> Groups:
+    """The runs that differ in this option alone, by a name for them all."""
+    from llmq_jax.training.run_folder import alike_but_for
+
+    of_folder = {run.folder: run for run in runs.values()}
+    groups = [[of_folder[folder] for folder in group] for group in alike_but_for(option, list(of_folder))]
+    names = [[run.name for run in group] for group in groups]
+    short = [common_name(group) for group in names]
+    distinct = short if len({*short}) == len(short) else [", ".join(group) for group in names]
+    return dict(zip(distinct, groups, strict=True))
+
+
+def common_name(names: list[str]) -> str:
+    """ "base (2 runs)" for base-1 and base-2."""
+    if len(names) == 1:
+        return names[0]
+    alike = takewhile(lambda characters: len({*characters}) == 1, zip(*names, strict=False))
+    common = "".join(characters[0] for characters in alike)
+    if any(name[len(common) :][:1].isdigit() for name in names):
+        common = common.rstrip("0123456789")  # seed-1 and seed-12 have more in common than a name
+    common = common.rstrip(SEPARATORS)
+    return f"{common} ({len(names)} runs)" if common else ", ".join(names)

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +86,33 @@ def is_rewarded(records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def plot_comparison(
-    folders: Mapping[str, str | Path], path: str | Path, metric: str | None = None, across: str = "step"
+    folders: Mapping[str, Sequence[str | Path]], path: str | Path, metric: str | None = None, across: str = "step"
 ) -> Path:
-    """Draw a metric of several runs, {name: folder}, as `path`, over steps, tokens or seconds (`ACROSS`). None is the
+    """Draw a metric of several runs as `path`, over steps, tokens or seconds (`ACROSS`). `folders` are {name: [folder]}
+    or, to draw the mean of runs and their standard deviation as a band, {name: folders}. The metric None is the
     validation losses, or the training losses where a run has no other."""
-    runs = {name: read_records(Path(folder)) for name, folder in folders.items()}
-    validated = all(curve(records, "validation_loss") for records in runs.values())
+    groups = {name: [read_records(Path(folder)) for folder in group] for name, group in folders.items()}
+    runs = list(chain(*groups.values()))
+    validated = all(curve(records, "validation_loss") for records in runs)
     name = "validation_loss" if metric is None and validated else metric
     title = metric or ("validation loss" if validated else "training loss")
-    drawn, axes = blank_axes(title, list(runs.values()), across)
-    axes.set_ylabel(metric or _loss_with_unit(folders.values()), color=INK, parse_math=False)
-    for index, (run, records) in enumerate(runs.items()):
-        if metric is not None:
-            require_metric(run, records, metric)
-        values = [shown_loss(record) if name is None else figure(record, name) for record in records]
-        points = [(record["step"], value) for record, value in zip(records, values, strict=True) if value is not None]
-        if not points:
-            raise BadInput(
-                f"{run} has no training losses, and one of the others no validation losses: there is nothing to "
-                "compare; name a metric that all have"
-            )
-        at = [x for x, value in zip(positions(run, records, across), values, strict=True) if value is not None]
-        _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], run, at, number=index)
+    drawn, axes = blank_axes(title, runs, across)
+    axes.set_ylabel(metric or _loss_with_unit(chain(*folders.values())), color=INK, parse_math=False)
+    for index, (run, group) in enumerate(groups.items()):
+        curves = []
+        for records in group:
+            if metric is not None:
+                require_metric(run, records, metric)
+            values = [shown_loss(record) if name is None else figure(record, name) for record in records]
+            at = positions(run, records, across)
+            measured = zip(records, at, values, strict=True)
+            curves.append({record["step"]: (x, value) for record, x, value in measured if value is not None})
+            if not curves[-1]:
+                raise BadInput(
+                    f"{run} has no training losses, and one of the others no validation losses: there is nothing to "
+                    "compare; name a metric that all have"
+                )
+        _draw_mean(axes, curves, RUN_COLOURS[index % len(RUN_COLOURS)], run, index)
     if across != "step":  # over steps, blank_axes has set the limits
         axes.set_xlim(left=0)
     legend(axes)
@@ -300,26 +306,47 @@ def blank_axes(title: str, runs: list[list[Record]], across: str = "step") -> tu
     return figure, axes
 
 
+def _draw_mean(axes: Any, curves: list[dict[int, tuple[float, float]]], colour: str, name: str, number: int) -> None:
+    """The mean of curves of {step: (where it is drawn, value)} at the steps that all have, and their sample standard
+    deviation as a band around it."""
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    if not steps:
+        raise BadInput(f"{name}: measured at no step in common, so that they have no mean")
+    at, values = np.moveaxis(np.array([[curve[step] for step in steps] for curve in curves]), -1, 0)
+    spread = None if len(curves) == 1 else values.std(0, ddof=1)
+    _draw(axes, list(zip(steps, values.mean(0), strict=True)), colour, name, at.mean(0), number, spread)
+
+
 def _draw(
-    axes: Any, points: Points, colour: str, name: str, at: Sequence[float] | None = None, number: int = 0
+    axes: Any,
+    points: Points,
+    colour: str,
+    name: str,
+    at: Sequence[float] | np.ndarray | None = None,
+    number: int = 0,
+    spread: np.ndarray | None = None,
 ) -> None:
     """A curve of (step, value), over its steps unless `at` says where each is drawn; `number` counts curves that may
-    lie on one another."""
+    lie on one another; `spread` is half the height of a band around it."""
     marker = "o" if len(points) <= 50 else None
     steps, values = zip(*points, strict=True)
     style: dict[str, Any] = {"color": colour, "linewidth": 2, "linestyle": DASHES[number % len(DASHES)]}
     style |= {"marker": marker, "markersize": 4}
+    at, label = steps if at is None else at, _label(name, points, None if spread is None else spread[-1])
     # The first point and the last stand on the edges of the axes, which would cut them in halves.
-    axes.plot(steps if at is None else at, values, label=_label(name, points), clip_on=False, **style)
+    axes.plot(at, values, label=label, clip_on=False, **style)
+    if spread is not None:
+        axes.fill_between(at, np.subtract(values, spread), np.add(values, spread), color=colour, alpha=0.2, linewidth=0)
 
 
-def _label(name: str, points: Points) -> str:
-    return f"{shown(name)}, {shown_value(points[-1][1])} at step {points[-1][0]:,}"
+def _label(name: str, points: Points, spread: float | None = None) -> str:
+    return f"{shown(name)}, {shown_value(points[-1][1], spread)} at step {points[-1][0]:,}"
 
 
-def shown_value(value: float) -> str:
-    """Four places, or as many as a small number needs."""
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.3g}"
+def shown_value(value: float, spread: float | None = None) -> str:
+    """Four places, or as many as a small number needs; then a standard deviation, if there is one."""
+    text = f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.3g}"
+    return text if spread is None else f"{text} ± {spread:.2g}"
 
 
 def shown(name: str) -> str:

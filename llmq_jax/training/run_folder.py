@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.json_text import parse_json
 from llmq_jax.training.checkpoints import CHECKPOINTS
 from llmq_jax.training.metrics import METRICS, SAMPLES
@@ -338,6 +338,24 @@ def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
     return {
         name: short if differ(short := row(name, text_of)) else exact[name] for name in names if differ(exact[name])
     }
+
+
+def alike_but_for(option: str, folders: Sequence[Path]) -> list[list[Path]]:
+    """The runs in groups of those that differ in this option alone, in their order; one without a config is alone.
+    BadInput where there is no such option, or where no two runs are alike."""
+    configs = [_flat(read_run_config(folder / CONFIG) or {}) for folder in folders]
+    known = sorted({name.removeprefix("options.") for config in configs for name in config})
+    if option not in known:
+        raise BadInput(f"no run has an option {option!r}; {did_you_mean(option, known)}")
+    groups: dict[Any, list[Path]] = {}
+    for folder, config in zip(folders, configs, strict=True):
+        rest = {name: value for name, value in config.items() if name.removeprefix("options.") != option}
+        groups.setdefault(json.dumps(rest, sort_keys=True) if config else folder, []).append(folder)
+    if len(groups) == len(folders):
+        others = [name for name in what_differs(folders) if name.removeprefix("options.") != option]
+        also = f": they differ in {', '.join(others)} too" if others else ""
+        raise BadInput(f"no two of the runs differ in {option} alone, so that there is nothing to average{also}")
+    return list(groups.values())
 
 
 def _within(name: str, fields: Collection[str]) -> bool:

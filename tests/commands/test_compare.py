@@ -9,7 +9,7 @@ def run(tmp_path):
 
     def make(name, *validation, training=2.5, speed=1000.0, figure="validation_loss"):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         records = [{"step": 10, "tokens": 320, "loss": training, "tokens_per_second": speed}]
         records += [
             {"step": 10 * step, "tokens": 320 * step, figure: loss} for step, loss in enumerate(validation, start=1)
@@ -240,8 +240,69 @@ def test_of_grpo_the_reward_is_shown_and_drawn(llmq, run, tmp_path, drawn):
     assert [line.is_dashed() for line in axes.lines] == [False, True]
 
 
-def test_bad_input(llmq, run, tmp_path):
+@pytest.fixture
+def seeds(run):
+    """`seeds(name, rate, seed, *losses)` makes a run folder with a config too."""
+
+    def make(name, rate, seed, *validation, **options):
+        folder = run(name, *validation, **options)
+        config = {"run_format": 1, "learning_rate": rate, "options": {"steps": 30}, "seed": seed}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+def test_the_mean_over_an_option(llmq, seeds, run, tmp_path, drawn):
+    slow = [seeds("slow-1", 1e-3, 1, 3.0, 2.0, 2.25), seeds("slow-12", 1e-3, 12, 4.0, 2.5, training=3.5, speed=999.6)]
+    fast, bare = seeds("fast", 3e-3, 1, 2.5), run("bare", 2.0)
+    arguments = [slow[0], fast, slow[1], bare, "--mean-over", "seed"]
+    code, out, err = llmq("compare", *arguments, "--out", tmp_path / "x.png")
+    assert (code, err) == (0, "")
+    lines = [line.split("  ") for line in out.splitlines()]
+    rows = [[cell.strip() for cell in line if cell] for line in lines]
+    mean, best = "2.3750 ± 0.18", "2.2500 ± 0.35"
+    assert rows[1] == ["slow (2 runs)", "20–30", "3.0000 ± 0.71", "loss", mean, best, "20", "1,000"]
+    assert rows[2] == ["fast", "10", "2.5000", "loss", "2.5000", "2.5000", "10", "1,000"]
+    assert rows[5] == ["differing in", "slow (2 runs)", "fast", "bare"]
+    assert rows[6] == ["learning_rate", "0.001", "0.003"] and len(rows) == 8
+    (axes,) = drawn[0].axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[3.5, 2.25], [2.5], [2.0]]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[10, 20], [10], [10]]
+    (band,) = axes.collections
+    heights = {(x, round(y, 4)) for x, y in band.get_paths()[0].vertices.tolist()}
+    assert heights == {(10, 4.2071), (10, 2.7929), (20, 2.6036), (20, 1.8964)}
+    assert axes.get_legend().get_texts()[0].get_text() == "slow (2 runs), 2.2500 ± 0.35 at step 20"
+
+
+def test_the_mean_of_a_metric_over_seconds(llmq, seeds, tmp_path, drawn):
+    runs = [seeds("seed0/run", 1e-3, 0, 3.0, 2.0, speed=32.0), seeds("seed1/run", 1e-3, 1, 3.0, 2.0, speed=16.0)]
+    options = ["--mean-over", "seed", "--metric", "validation_loss", "--x", "seconds", "--out", tmp_path / "x.png"]
+    _, out, _ = llmq("compare", *runs, *options)
+    row = [cell.strip() for cell in out.splitlines()[2].split("  ") if cell]
+    assert row == ["seed (2 runs)", "20", *("2.0000 ± 0", "2.0000 ± 0", "20", "3.0000 ± 0", "10"), "16–32"]
+    assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [15, 30]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["1", "2", "3", "4"], ["1, 2", "3, 4"]),
+        (["a1", "a2", "b1", "b2"], ["a (2 runs)", "b (2 runs)"]),
+        (["x-1", "x-2", "x-3", "x-4"], ["x-1, x-2", "x-3, x-4"]),
+    ],
+)
+def test_names_of_means(llmq, seeds, names, expected):
+    runs = [seeds(name, 1e-3 if index < 2 else 3e-3, index % 2, 3.0) for index, name in enumerate(names)]
+    _, out, _ = llmq("compare", *runs, "--mean-over", "seed")
+    assert [line.split("  ")[0] for line in out.splitlines()[1:3]] == expected
+
+
+def test_bad_input(llmq, seeds, run, tmp_path):
     folder = run("a", 3.0)
+    one, other = seeds("one", 1e-3, 0, 3.0), seeds("other", 3e-3, 1, 3.0)
+    few, late = seeds("few", 1e-3, 0, 3.0), seeds("late", 1e-3, 1)
+    (late / "metrics.jsonl").write_text('{"step": 7, "tokens": 3, "validation_loss": 2.0}\n')
     apart = tmp_path / "validated"
     apart.mkdir()
     (apart / "metrics.jsonl").write_text('{"step": 1, "tokens": 3, "validation_loss": 2.0}\n')
@@ -267,6 +328,13 @@ def test_bad_input(llmq, run, tmp_path):
         ([folder, tmp_path / "beguN"], f"beguN: there is no such file or folder; did you mean {begun}?"),
         ([begun, tmp_path / "empty"], f"{begun / 'metrics.jsonl'} has no records yet"),
         ([begun], f"{begun / 'metrics.jsonl'} has no records yet"),
+        ([one, other, "--mean-over", "sed"], "no run has an option 'sed'; did you mean seed?"),
+        ([one, other, "--mean-over", "learning-rate"], "differ in learning_rate alone, so that there is nothing to av"),
+        ([one, other, "--mean-over", "seed"], "nothing to average: they differ in learning_rate too"),
+        (
+            [few, late, "--mean-over", "seed", "--out", tmp_path / "x.png"],
+            "few, late: measured at no step in common, so that they have no mean",
+        ),
         ([apart, "--x", "seconds", "--out", tmp_path / "x.png"], "validated has no tokens_per_second in its metrics"),
     ):
         code, _, err = llmq("compare", *arguments)

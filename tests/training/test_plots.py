@@ -112,7 +112,7 @@ def test_the_axis_tells_the_unit_of_a_recipe_s_loss(tmp_path, monkeypatch, recip
         (runs[-1] / "config.json").write_text(json.dumps(config))
     if len(runs) == 1:
         plot_losses(runs[0])
-    plot_comparison({run.name: run for run in runs}, tmp_path / "losses.png")
+    plot_comparison({run.name: [run] for run in runs}, tmp_path / "losses.png")
     assert {figure.axes[0].get_ylabel() for figure in figures} == {label}
 
 
