@@ -237,18 +237,18 @@ def grouped(runs: dict[str, Run], option: str) -> Groups:
     of_folder = {run.folder: run for run in runs.values()}
     groups = [[of_folder[folder] for folder in group] for group in alike_but_for(option, list(of_folder))]
     names = [[run.name for run in group] for group in groups]
-    short = [common_name(group) for group in names]
+    short = [common_name(group, option) for group in names]
     distinct = short if len({*short}) == len(short) else [", ".join(group) for group in names]
     return dict(zip(distinct, groups, strict=True))
 
 
-def common_name(names: list[str]) -> str:
-    """ "base (2 runs)" for base-1 and base-2."""
+def common_name(names: list[str], option: str) -> str:
+    """ "base (2 runs)" for base-1 and base-2, or base-seed1 and base-seed2 where `seed` is the option."""
     if len(names) == 1:
         return names[0]
     alike = takewhile(lambda characters: len({*characters}) == 1, zip(*names, strict=False))
     common = "".join(characters[0] for characters in alike)
     if any(name[len(common) :][:1].isdigit() for name in names):
         common = common.rstrip("0123456789")  # seed-1 and seed-12 have more in common than a name
-    common = common.rstrip(SEPARATORS)
+    common = common.rstrip(SEPARATORS).removesuffix(option).rstrip(SEPARATORS)
     return f"{common} ({len(names)} runs)" if common else ", ".join(names)

@@ -280,7 +280,7 @@ def test_the_mean_of_a_metric_over_seconds(llmq, seeds, tmp_path, drawn):
     options = ["--mean-over", "seed", "--metric", "validation_loss", "--x", "seconds", "--out", tmp_path / "x.png"]
     _, out, _ = llmq("compare", *runs, *options)
     row = [cell.strip() for cell in out.splitlines()[2].split("  ") if cell]
-    assert row == ["seed (2 runs)", "20", *("2.0000 ± 0", "2.0000 ± 0", "20", "3.0000 ± 0", "10"), "16–32"]
+    assert row == ["seed0/run, seed1/run", "20", *("2.0000 ± 0", "2.0000 ± 0", "20", "3.0000 ± 0", "10"), "16–32"]
     assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [15, 30]
 
 
@@ -289,6 +289,7 @@ def test_the_mean_of_a_metric_over_seconds(llmq, seeds, tmp_path, drawn):
     [
         (["1", "2", "3", "4"], ["1, 2", "3, 4"]),
         (["a1", "a2", "b1", "b2"], ["a (2 runs)", "b (2 runs)"]),
+        (["a-seed1", "a-seed2", "seed3", "b-seed4"], ["a (2 runs)", "seed3, b-seed4"]),
         (["x-1", "x-2", "x-3", "x-4"], ["x-1, x-2", "x-3, x-4"]),
     ],
 )
