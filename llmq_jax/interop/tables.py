@@ -28,11 +28,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.layers.axes import on_host, put
 from llmq_jax.models import abstract_variables, all_layer_paths
+from llmq_jax.models.decoder import PARAMS
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
-PARAMS = "params"
-"""The collection of trained parameters."""
 KEEP = "keep such a model in our own format (lq.save)"
 """The advice in errors about a model that another format cannot hold."""
 
@@ -106,7 +105,7 @@ def rule(
     key: str,
     path: str,
     transform: Transform,
-    collection: str = "params",
+    collection: str = PARAMS,
     at: tuple[Any, ...] = (),
     optional: bool = False,
 ) -> Rule:
