@@ -19,6 +19,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
+from llmq_jax.defaults import MAX_SHARD_SIZE
 from llmq_jax.errors import BadInput, at_place, first_line, no_such_path
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
@@ -122,7 +123,7 @@ def save_hf(
     lm: LanguageModel,
     folder: str | os.PathLike[str],
     dtype: Any = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a Hugging Face folder that transformers loads; returns the folder.
