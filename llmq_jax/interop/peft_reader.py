@@ -13,8 +13,19 @@ from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.huggingface import is_hub_id
 from llmq_jax.interop.peft import (
+    BASE_LAYER,
     CONFIG,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    LORA_A,
+    LORA_B,
+    MAGNITUDES,
     PREFIX,
+    SCORE_WEIGHT,
+    TINY_A,
+    TINY_B,
+    TINY_P,
+    TINY_V,
     Site,
     experts_module,
     memory_table,
@@ -52,10 +63,6 @@ from llmq_jax.layers.lora import (
 )
 from llmq_jax.models import abstract_variables
 from llmq_jax.models.heads import LM_HEAD, SCORE
-
-SCORE_WEIGHT = f"{PREFIX}score.weight"
-MAGNITUDES = "lora_magnitude_vector"
-"""What DoRA has beside A and B."""
 
 
 def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -197,25 +204,25 @@ class _Reader:
     def tiny(self) -> Found:
         """TinyLoRA's adapters. The matrices, in their order, form as many groups as `weight_tying` says, each of which
         shares its numbers. In further training they stay shared only where there is a single group."""
-        sites = [site for site in self.sites if f"{PREFIX}{site.module}.tinylora_A" in self.state]
+        sites = [site for site in self.sites if f"{PREFIX}{site.module}.{TINY_A}" in self.state]
         groups = max(1, round(len(sites) * (1.0 - self.values.get("weight_tying", 0.0))))
         size = max(1, len(sites) // groups)
-        keys = [f"base_model.tinylora_v.{min(index // size, groups - 1)}" for index in range(len(sites))]
+        keys = [f"{TINY_V}.{min(index // size, groups - 1)}" for index in range(len(sites))]
         numbers = {key: self._take(key, ("u",)) for key in set(keys)}
         parts: dict[tuple[str, ...], list[Leaves]] = {}
         for site, key in zip(sites, keys, strict=True):
             name = f"{PREFIX}{site.module}"
             width, features = self._widths(site)
-            pair = self._take_pair(name, width, features, "tinylora_A", "tinylora_B")
+            pair = self._take_pair(name, width, features, TINY_A, TINY_B)
             assert pair is not None  # these are the sites that have A
             first, last = pair
-            projections = self._take(f"{name}.tinylora_P", ("u", len(last), len(last)))
+            projections = self._take(f"{name}.{TINY_P}", ("u", len(last), len(last)))
             if projections is None:
-                raise BadInput(f"{self.file}: has no {name}.tinylora_P; save the adapter with save_projection=True")
+                raise BadInput(f"{self.file}: has no {name}.{TINY_P}; save the adapter with save_projection=True")
             own = numbers[key]
             if own is None or len(own) != len(projections):
                 raise BadInput(
-                    f"{self.file}: has no {key} of {len(projections)} numbers, as many as {name}.tinylora_P has "
+                    f"{self.file}: has no {key} of {len(projections)} numbers, as many as {name}.{TINY_P} has "
                     "matrices; save the adapter again"
                 )
             fixed = {A: first, B: last, PROJECTIONS: projections.swapaxes(1, 2), SCALE: np.float32(1)}
@@ -236,7 +243,7 @@ class _Reader:
             given = parted(given, copies, embedding)
         module = module_name(self.config, EMBEDDING)
         rows, width = given.get(EMBEDDING, embedding).shape
-        pair = self._take_pair(f"{PREFIX}{module}", rows, width, "lora_embedding_A", "lora_embedding_B")
+        pair = self._take_pair(f"{PREFIX}{module}", rows, width, EMBEDDING_A, EMBEDDING_B)
         if pair is not None:
             first, last = pair
             self._check_dora(module)
@@ -258,7 +265,7 @@ class _Reader:
         given: dict[str, Any] = {}
         for name, shape in shapes.items():
             module = f"{PREFIX}{module_name(self.config, name)}"
-            for key in (f"{module}.weight", f"{module}.base_layer.weight"):
+            for key in (f"{module}.weight", f"{module}{BASE_LAYER}.weight"):
                 if (matrix := self._take(key, shape)) is not None:
                     given[name] = matrix
             if name in given:
@@ -306,7 +313,7 @@ class _Reader:
         return first, last, self._scale(parameter, len(last))
 
     def _take_pair(
-        self, name: str, width: int, features: int, a: str = "lora_A.weight", b: str = "lora_B.weight"
+        self, name: str, width: int, features: int, a: str = LORA_A, b: str = LORA_B
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """A [D, R] and B [R, F] of a module."""
         first = self._take(f"{name}.{a}", ("r", width))
@@ -379,7 +386,7 @@ class _Reader:
         first, last = pair
         rank = self._pattern("rank_pattern", site.pattern_name, self._rank)
         if len(last) != rank * count:
-            raise self._other_base(f"{name}.lora_A.weight", first.T.shape, (rank * count, width))
+            raise self._other_base(f"{name}.{LORA_A}", first.T.shape, (rank * count, width))
         return (
             first.reshape(width, count, rank).transpose(1, 0, 2),
             last.reshape(rank, count, features).swapaxes(0, 1),
