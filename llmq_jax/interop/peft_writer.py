@@ -244,19 +244,9 @@ def _low_rank(
         first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
         last = last if chosen else np.zeros_like(last)
         rank = first.shape[-1]
-        last = last.reshape(*last.shape[: first.ndim - 1], -1)
-        if site.of_experts:  # A [E, D, R], B [E, R, F]
-            name = f"{PREFIX}{experts_module(site, found)}"
-            first, last = first.swapaxes(1, 2).reshape(-1, first.shape[1]), last.transpose(2, 1, 0)
-            last = last.reshape(last.shape[0], -1)
-            parameters.append(site.module)
-        else:
-            name, first, last = f"{PREFIX}{site.module}", first.T, last.T
-            if site.is_parameter:
-                parameters.append(site.pattern_name)
-            else:
-                linears.append(site.module)
-        tensors[f"{name}.{LORA_A}"], tensors[f"{name}.{LORA_B}"] = map(np.ascontiguousarray, (first, last))
+        name = f"{PREFIX}{experts_module(site, found) if site.of_experts else site.module}"
+        tensors[f"{name}.{LORA_A}"], tensors[f"{name}.{LORA_B}"] = _in_their_shapes(first, last)
+        (parameters if site.is_parameter else linears).append(site.pattern_name)
         if MAGNITUDE in trained:
             tensors[f"{name}.{MAGNITUDES}"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
         alphas[site.pattern_name], ranks[site.pattern_name] = _seven_digits(scale * rank), rank
@@ -280,6 +270,18 @@ def _low_rank(
         "use_dora": any(MAGNITUDE in trained for trained, _ in found.values()),
         "init_lora_weights": True,
     }
+
+
+def _in_their_shapes(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A [D, R] and B [R, ...] of a matrix as PEFT's (r, in) and (out, r); A [E, D, R] and B [E, R, ...] of experts as
+    (E·r, in), expert by expert, and (out, r·E), rank by rank."""
+    last = last.reshape(*last.shape[: first.ndim - 1], -1)
+    if first.ndim == 3:
+        first, last = first.swapaxes(1, 2).reshape(-1, first.shape[1]), last.transpose(2, 1, 0)
+        last = last.reshape(last.shape[0], -1)
+    else:
+        first, last = first.T, last.T
+    return np.ascontiguousarray(first), np.ascontiguousarray(last)
 
 
 def _tiny(
