@@ -17,6 +17,7 @@ from llmq_jax.errors import BadInput, at_place
 from llmq_jax.field_types import create, require_model
 from llmq_jax.interop.architectures import config_class_of
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
+from llmq_jax.interop.gguf import LAYOUT as GGUF
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
@@ -104,7 +105,7 @@ def load_weights(path: str | os.PathLike[str], source: Path, layout: str, config
         _refuse_layout(path, layout, "a folder of OpenAI's", OPENAI)
         contents = read_openai(source, config, dtype)
     elif is_gguf(source):
-        _refuse_layout(path, layout, "a GGUF file", "gguf")
+        _refuse_layout(path, layout, "a GGUF file", GGUF)
         contents = read_gguf(source, config, dtype)
     else:
         raise BadInput(

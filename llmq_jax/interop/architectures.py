@@ -199,26 +199,31 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
     what shapes do not tell. Modules that the stored one announces, but that transformers does not save and the state
     does not hold, are left out with a warning, unless the dict asks for them.
     """
-    if stored is not None and (given is None or isinstance(given, Mapping)):
-        changes = dict(given or {})
+    if is_whole(given):
+        return given
+    fields = dict(given or {})
+    if stored is not None:
         for name, value in _tables(stored.model_type).unkept(state, stored).items():
-            if name not in changes:
+            if name not in fields:
                 announced = f"{name}={getattr(stored, name)} announces what the weights hold nothing of"
                 warn(f"{announced}: transformers does not save it; loaded with {name}={value}")
-                changes[name] = value
-        return override(stored, **changes)
-    if not (given is None or isinstance(given, Mapping)):
-        return given
+                fields[name] = value
+        return override(stored, **fields)
     model_type = _recognise(state, layout)
-    missing = [name for name in TABLES[model_type].underivable if name not in (given or {})]
+    missing = [name for name in TABLES[model_type].underivable if name not in fields]
     if missing:
-        fields, words = ", ".join(f"{name!r}: ..." for name in missing), " ".join(f"{name}=..." for name in missing)
+        entries, words = ", ".join(f"{name!r}: ..." for name in missing), " ".join(f"{name}=..." for name in missing)
         file = "hparams.json" if layout == "openai" else "config.json"
         raise BadInput(
             f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
-            f"{file} beside them, or pass config={{{fields}}} in Python or, to convert.from_hf, --config {words}"
+            f"{file} beside them, or pass config={{{entries}}} in Python or, to convert.from_hf, --config {words}"
         )
-    return _derived_config(model_type, state, layout, dict(given or {}))
+    return _derived_config(model_type, state, layout, fields)
+
+
+def is_whole(given: Any) -> bool:
+    """Whether what is given as a config is one, and not None or some fields of one."""
+    return given is not None and not isinstance(given, Mapping)
 
 
 def weight_table(model_type: str, layout: str = "hf") -> WeightTable:

@@ -26,6 +26,7 @@ from llmq_jax.interop.architectures import (
     config_from_hf,
     config_to_hf,
     from_state_dict,
+    is_whole,
     language_part,
     resolve_config,
     weight_table,
@@ -114,8 +115,7 @@ def read_state(
 ) -> tuple[Any, dict[str, Any]]:
     """(config, variables) of weights. `stored` reads the config beside them, or returns None. It is not called where a
     whole one is given, so that the stored one need not be one that we can read."""
-    needed = given is None or isinstance(given, Mapping)
-    config = resolve_config(given, stored() if needed else None, state, layout)
+    config = resolve_config(given, None if is_whole(given) else stored(), state, layout)
     return config, from_state_dict(state, config, layout, dtype)
 
 
@@ -288,7 +288,7 @@ def _told_by_the_hub(name: str, repository: str, revision: str) -> Iterator[None
 def _refuse_by_config(folder: Path, config: Any) -> None:
     """BadInput for a model that `read_hf` would refuse for its `config.json`; an adapter's model may be another."""
     file = folder / CONFIG
-    if not file.is_file() or is_adapter(folder) or not (config is None or isinstance(config, Mapping)):
+    if not file.is_file() or is_adapter(folder) or is_whole(config):
         return
     with at_place(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
         if values := read_json(file):  # an empty one is taken for none
