@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import run, use_device
+from llmq_jax.backend import use_device
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.options import Flag, Positional, default_is, option_name
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from llmq_jax.command_line import keep_programs
+from llmq_jax.backend import keep_programs
 
 PROMPT = "The capital of France is"
 

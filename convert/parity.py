@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import run, use_device
+from llmq_jax.backend import use_device
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput, at_place, did_you_mean
 from llmq_jax.options import Positional, default_is, option_name
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from convert.adapter_base import found_base, given_base, run_options
 from llmq_jax.command_line import run
+from llmq_jax.defaults import MAX_SHARD_SIZE
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, Positional, default_is, option_name
 
@@ -19,7 +20,7 @@ class Options:
     """The folder to write; it must not exist or be empty."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the model")] = None
     """Type to write the weights in."""
-    max_shard_size: Annotated[str | None, default_is("5GB")] = None
+    max_shard_size: Annotated[str | None, default_is(MAX_SHARD_SIZE)] = None
     """Split larger weights into files of at most this size."""
     overwrite: Flag = False
     """Replace the target if it is an earlier export."""
@@ -45,7 +46,7 @@ def main(options: Options) -> None:
         write_adapter(lm, options)
         return
     widened = wide_enough(lm, options.dtype)
-    size = options.max_shard_size or "5GB"
+    size = MAX_SHARD_SIZE if options.max_shard_size is None else options.max_shard_size
     folder = huggingface.save_hf(widened, options.target, options.dtype, size, options.overwrite)
     print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
     if lm.tokenizer is None:

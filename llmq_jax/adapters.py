@@ -51,12 +51,17 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     known = [field.name for field in dataclasses.fields(LoRA)]
     for name in fields:
         if name not in known:
-            hint = meant_by(name, [f"lora_{field}" for field in known], lambda field, value="": field[len("lora_") :])
-            hint = "here it is variant='dora'" if name == "use_dora" else hint
+            hint = meant_by(name, [f"lora_{field}" for field in known], _as_argument)
             raise BadInput(f"LoRA has no field {name!r}; {hint or 'choose from ' + ', '.join(known)}")
     spec = LoRA(**fields) if spec is None else spec
     variables = add_adapters(lm.variables, lm.model.layer_paths(), spec, module_names(lm.config), seed)
     return lm.replace(variables=variables)
+
+
+def _as_argument(option: str, value: str = "") -> str:
+    """An argument of `lora` in the place of a recipe's option: rank of --lora-rank."""
+    name = option.removeprefix("lora_")
+    return f"{name}={value!r}" if value else name
 
 
 def merge(lm: LanguageModel) -> LanguageModel:

@@ -17,6 +17,7 @@ from llmq_jax.errors import BadInput, at_place
 from llmq_jax.field_types import create, require_model
 from llmq_jax.interop.architectures import config_class_of
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
+from llmq_jax.interop.gguf import LAYOUT as GGUF
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
@@ -30,6 +31,7 @@ from llmq_jax.interop.huggingface import (
 from llmq_jax.interop.nanogpt import LAYOUT as NANOGPT
 from llmq_jax.interop.nanogpt import is_nanogpt, read_nanogpt
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
+from llmq_jax.interop.openai import LAYOUT as OPENAI
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.language_model import LanguageModel, differing_weight
@@ -83,8 +85,7 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
     source = agreed(lambda: find(path, config=config))
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
-        if layout != "hf":
-            raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
+        _refuse_layout(path, layout, "a checkpoint of ours")
         return _load_checkpoint(source, checkpoint, config, dtype)
     if decided(lambda: is_adapter(source)):
         from llmq_jax.adapters import load_with_base
@@ -96,18 +97,15 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
 def load_weights(path: str | os.PathLike[str], source: Path, layout: str, config: Any, dtype: Any) -> LanguageModel:
     """`load` for anything but a checkpoint of ours or an adapter; `path` is the name that the user gave."""
     if is_nanogpt(source):
-        if layout not in ("hf", NANOGPT):
-            raise BadInput(f"{path}: is a checkpoint of nanoGPT's; layout={layout!r} would have no effect")
+        _refuse_layout(path, layout, "a checkpoint of nanoGPT's", NANOGPT)
         contents = read_nanogpt(source, config, dtype)
     elif is_hf(source):
         contents = read_hf(source, layout, config, dtype)
     elif is_openai(source):
-        if layout not in ("hf", "openai"):
-            raise BadInput(f"{path}: is a folder of OpenAI's; layout={layout!r} would have no effect")
+        _refuse_layout(path, layout, "a folder of OpenAI's", OPENAI)
         contents = read_openai(source, config, dtype)
     elif is_gguf(source):
-        if layout not in ("hf", "gguf"):
-            raise BadInput(f"{path}: is a GGUF file; layout={layout!r} would have no effect")
+        _refuse_layout(path, layout, "a GGUF file", GGUF)
         contents = read_gguf(source, config, dtype)
     else:
         raise BadInput(
@@ -118,6 +116,12 @@ def load_weights(path: str | os.PathLike[str], source: Path, layout: str, config
     return LanguageModel(
         contents.config, build(contents.config), contents.variables, contents.tokenizer, contents.generation
     )
+
+
+def _refuse_layout(path: object, layout: str, what: str, own: str = "hf") -> None:
+    """BadInput for a layout other than the default and the `own` one, of files that have no choice of it."""
+    if layout not in ("hf", own):
+        raise BadInput(f"{path}: is {what}; layout={layout!r} would have no effect")
 
 
 def has_config(source: Path) -> bool:

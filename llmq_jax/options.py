@@ -61,6 +61,13 @@ def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
             raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
 
 
+def require_at_least(options: Any, **least: int) -> None:
+    """BadInput for an option that is given, and is below its least value."""
+    for name, bound in least.items():
+        if (value := getattr(options, name)) is not None and value < bound:
+            raise BadInput(f"{option_name(name)} is {value} and must be at least {bound}")
+
+
 def at_home(field: str, value: Any) -> Any:
     """The value of a field; of one in `PATHS` with the home directory in the place of a leading ~."""
     if field not in PATHS:

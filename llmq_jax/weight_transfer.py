@@ -14,9 +14,8 @@ from llmq_jax.field_types import require_model
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.lora import LORA
 from llmq_jax.models import abstract_variables, all_layer_paths, init
+from llmq_jax.models.decoder import PARAMS
 from llmq_jax.weight_type import weight_type
-
-PARAMS = "params"
 
 
 class Place(NamedTuple):

@@ -89,7 +89,7 @@ for options in (dict(rank=2.5), dict(rank="8"), dict(rank=None), dict(alpha="4")
     refused(next(iter(options)), lq.lora, lm, **options)
 assert lq.lora(lm, rank=np.int64(2)) is not None
 for name, hint in dict(r="here it is rank", lora_alpha="did you mean alpha?", use_dora="here it is variant='dora'",
-                       rslora="choose from rank, alpha, targets").items():
+                       dora="here it is variant='dora'", rslora="choose from rank, alpha, targets").items():
     refused(f"LoRA has no field '{name}'; {hint}", lq.lora, lm, **{name: 4})
 refused("4 is no LoRA; give one, or its fields: lq.lora(lm, rank=4)", lq.lora, lm, 4)
 assert lq.objectives.group_advantages([1.0, 0.0], 2, scale="none").tolist() == [0.5, -0.5]

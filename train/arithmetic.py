@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmq_jax.command_line import run, use_device
+from llmq_jax.backend import use_device
+from llmq_jax.command_line import run
 from train import grpo
 
 HELD_OUT, WATCHED = 600, 200

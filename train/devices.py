@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.command_line import use_device
+from llmq_jax.backend import use_device
 from llmq_jax.errors import BadInput
 from llmq_jax.options import named_as_options, option_name
 from train.options import PLACES, RecipeOptions

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import run, use_device
+from llmq_jax.backend import use_device
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, option_name
 from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of

@@ -144,9 +144,10 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     from llmq_jax.layers import lora
     from llmq_jax.layers.fresh_adapters import add_adapters
     from llmq_jax.models import parameter_count
+    from llmq_jax.models.decoder import PARAMS
     from llmq_jax.models.deepseek3 import MTP
     from llmq_jax.models.heads import LM_HEAD, SCORE
-    from llmq_jax.training.parts import FROZEN, PARAMS, freeze, freeze_all_but, train_adapters
+    from llmq_jax.training.parts import FROZEN, freeze, freeze_all_but, train_adapters
 
     model, variables = lm.model, lm.variables
     if options.train != "lora":

@@ -25,7 +25,7 @@ from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import STANDARD_INPUT, text_of_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.options import Flag, Positional, Repeated, default_is, refuse_idle
+from llmq_jax.options import Flag, Positional, Repeated, default_is, refuse_idle, require_at_least
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,7 @@ def check(options: Options) -> None:
         no_fields, no_table = not has_fields(options.data), not is_table(options.data)
         refuse_idle(options, [("text_field", no_fields, f"on {options.data}, which has no fields")])
         refuse_idle(options, [("columns", no_table, f"on {options.data}, which is no .csv or .tsv file")])
-    if options.batch_size < 1:
-        raise BadInput(f"--batch-size is {options.batch_size} and must be at least 1")
+    require_at_least(options, batch_size=1)
     if options.out is None:
         return
     if options.json:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import use_device
+from llmq_jax.backend import use_device
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, option_name
 

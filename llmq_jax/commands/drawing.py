@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput, warn
-from llmq_jax.options import Positional, Repeated, default_is, named_as_options, option_name, refuse_idle, with_breaks
+from llmq_jax.options import (
+    Positional,
+    Repeated,
+    default_is,
+    named_as_options,
+    option_name,
+    refuse_idle,
+    require_at_least,
+    with_breaks,
+)
 
 SEEDS = 2**32
 
@@ -58,9 +67,7 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
                 ("draft_tokens", self.draft == MTP, "beside --draft mtp, of which each module drafts one token"),
             ),
         )
-        for name in ("max_new_tokens", "draft_tokens"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise BadInput(f"{option_name(name)} is {count} and must be at least 1")
+        require_at_least(self, max_new_tokens=1, draft_tokens=1)
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
         self.chat_variables()

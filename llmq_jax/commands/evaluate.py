@@ -25,7 +25,7 @@ from llmq_jax.commands.kept_lines import check_out
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import text_of_input
 from llmq_jax.errors import BadInput
-from llmq_jax.options import Flag, Positional, default_is, option_name, refuse_idle
+from llmq_jax.options import Flag, Positional, default_is, refuse_idle, require_at_least
 
 LONGEST = 2048
 OF_TEXTS = ("text_field", "split")
@@ -200,9 +200,7 @@ def results_of_tasks(options: Options) -> dict[str, Any]:
 def check_tasks(options: Options) -> None:
     """BadInput for options that cannot be, before the harness is imported, which takes seconds."""
     refuse_idle(options, ((name, True, "on --tasks, only on a text") for name in OF_TEXTS))
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise BadInput(f"{option_name(name)} is {value} and must be at least {least}")
+    require_at_least(options, limit=1, num_fewshot=0, batch_size=1)
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise BadInput(f"--include-path {options.include_path}: there is no such folder; name one with task files")
     if options.out is not None:

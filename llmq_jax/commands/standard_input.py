@@ -76,4 +76,4 @@ def standard_input() -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise BadInput(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
+        raise BadInput(f"{STANDARD_INPUT} is not UTF-8 ({error.reason}): convert it to UTF-8") from None

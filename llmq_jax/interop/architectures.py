@@ -90,9 +90,10 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
     try:
         return table.from_state_dict(state, config, dtype)
     except BadInput as error:
-        _check_layout(state, config.model_type, layout)
+        fitting = _fitting(state, config.model_type)
+        _check_layout(fitting, len(state), layout)
         advice = (
-            _advice_on_layout(state, config, layout)
+            _advice_on_layout(fitting, state, config, layout)
             or _advice_on_head(state, config)
             or _advice_on_sizes(state, config, layout)
         )
@@ -153,7 +154,11 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
     of Hugging Face's models so have those `ASSUMED`, with a warning.
     BadInput: fields that shapes do not tell and that are not given, or names of no architecture in this layout.
     """
-    model_type = _recognise(state, layout)
+    return _derived_config(_recognise(state, layout), state, layout, fields)
+
+
+def _derived_config(model_type: str, state: Mapping[str, Any], layout: str, fields: dict[str, Any]) -> Any:
+    """`config_from_state_dict` for weights of a known architecture."""
     tables, table = TABLES[model_type], weight_table(model_type, layout).spelling(state)
     missing = [name for name in tables.underivable if name not in fields]
     if missing:
@@ -194,25 +199,31 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
     what shapes do not tell. Modules that the stored one announces, but that transformers does not save and the state
     does not hold, are left out with a warning, unless the dict asks for them.
     """
-    if stored is not None and (given is None or isinstance(given, Mapping)):
-        changes = dict(given or {})
+    if is_whole(given):
+        return given
+    fields = dict(given or {})
+    if stored is not None:
         for name, value in _tables(stored.model_type).unkept(state, stored).items():
-            if name not in changes:
+            if name not in fields:
                 announced = f"{name}={getattr(stored, name)} announces what the weights hold nothing of"
                 warn(f"{announced}: transformers does not save it; loaded with {name}={value}")
-                changes[name] = value
-        return override(stored, **changes)
-    if not (given is None or isinstance(given, Mapping)):
-        return given
-    missing = [name for name in TABLES[_recognise(state, layout)].underivable if name not in (given or {})]
+                fields[name] = value
+        return override(stored, **fields)
+    model_type = _recognise(state, layout)
+    missing = [name for name in TABLES[model_type].underivable if name not in fields]
     if missing:
-        fields, words = ", ".join(f"{name!r}: ..." for name in missing), " ".join(f"{name}=..." for name in missing)
+        entries, words = ", ".join(f"{name!r}: ..." for name in missing), " ".join(f"{name}=..." for name in missing)
         file = "hparams.json" if layout == "openai" else "config.json"
         raise BadInput(
             f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
-            f"{file} beside them, or pass config={{{fields}}} in Python or, to convert.from_hf, --config {words}"
+            f"{file} beside them, or pass config={{{entries}}} in Python or, to convert.from_hf, --config {words}"
         )
-    return config_from_state_dict(state, layout, **(given or {}))
+    return _derived_config(model_type, state, layout, fields)
+
+
+def is_whole(given: Any) -> bool:
+    """Whether what is given as a config is one, and not None or some fields of one."""
+    return given is not None and not isinstance(given, Mapping)
 
 
 def weight_table(model_type: str, layout: str = "hf") -> WeightTable:
@@ -240,17 +251,17 @@ def _tables(model_type: str) -> Tables:
 def _recognise(state: Mapping[str, Any], layout: str) -> str:
     """The architecture that has most of these names in this layout. BadInput: another layout has more of them, or there
     are names, and none of them is known."""
-    having = [model_type for model_type, tables in TABLES.items() if layout in tables.layouts]
-    if not having:
-        known = dict.fromkeys(name for tables in TABLES.values() for name in tables.layouts)
+    known = dict.fromkeys(name for tables in TABLES.values() for name in tables.layouts)
+    if layout not in known:
         raise BadInput(f"no architecture has the layout {layout!r}; there are {', '.join(known)}")
-    model_type = max(having, key=lambda name: _fitting(state, name)[layout])
-    if not _fitting(state, model_type)[layout]:  # the architecture may be one of another layout
-        model_type = max(TABLES, key=lambda name: max(_fitting(state, name).values()))
-        if state and not any(_fitting(state, model_type).values()):
+    fitting = {model_type: _fitting(state, model_type) for model_type in TABLES}
+    model_type = max(fitting, key=lambda name: fitting[name].get(layout, 0))
+    if not fitting[model_type].get(layout):  # the architecture may be one of another layout
+        model_type = max(fitting, key=lambda name: max(fitting[name].values()))
+        if state and not any(fitting[model_type].values()):
             shown = f"{', '.join(islice(state, 3))}{' ...' if len(state) > 3 else ''}"
             raise BadInput(f"none of the {len(state)} names is that of an architecture here: {shown}")
-    _check_layout(state, model_type, layout)
+    _check_layout(fitting[model_type], len(state), layout)
     return model_type
 
 
@@ -259,20 +270,19 @@ def _fitting(state: Mapping[str, Any], model_type: str) -> dict[str, int]:
     return {name: sum(map(table.recognises, state)) for name, table in _tables(model_type).layouts.items()}
 
 
-def _check_layout(state: Mapping[str, Any], model_type: str, layout: str) -> None:
-    """Refuse a layout where another one has more of the names."""
-    fitting = {layout: 0} | _fitting(state, model_type)
+def _check_layout(fitting: Mapping[str, int], count: int, layout: str) -> None:
+    """Refuse a layout where another one has more of the `count` names."""
+    fitting = {layout: 0, **fitting}
     closest = max(fitting, key=fitting.__getitem__)
     if fitting[closest] > fitting[layout]:
         raise BadInput(
-            f"{fitting[layout]} of {len(state)} names are those of layout={layout!r}, and {fitting[closest]} those of "
+            f"{fitting[layout]} of {count} names are those of layout={layout!r}, and {fitting[closest]} those of "
             f"layout={closest!r}; pass that (--layout {closest})"
         )
 
 
-def _advice_on_layout(state: Mapping[str, Any], config: Any, layout: str) -> str | None:
+def _advice_on_layout(fitting: Mapping[str, int], state: Mapping[str, Any], config: Any, layout: str) -> str | None:
     """The layout whose names are the same, and whose shapes are those of the weights."""
-    fitting = _fitting(state, config.model_type)
     for other in fitting.keys() - {layout}:
         if fitting[other] == fitting[layout]:
             with contextlib.suppress(BadInput):

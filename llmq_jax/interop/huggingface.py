@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +19,14 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
+from llmq_jax.defaults import MAX_SHARD_SIZE
 from llmq_jax.errors import BadInput, at_place, first_line, no_such_path
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
     config_from_hf,
     config_to_hf,
     from_state_dict,
+    is_whole,
     language_part,
     resolve_config,
     weight_table,
@@ -113,8 +115,7 @@ def read_state(
 ) -> tuple[Any, dict[str, Any]]:
     """(config, variables) of weights. `stored` reads the config beside them, or returns None. It is not called where a
     whole one is given, so that the stored one need not be one that we can read."""
-    needed = given is None or isinstance(given, Mapping)
-    config = resolve_config(given, stored() if needed else None, state, layout)
+    config = resolve_config(given, None if is_whole(given) else stored(), state, layout)
     return config, from_state_dict(state, config, layout, dtype)
 
 
@@ -122,7 +123,7 @@ def save_hf(
     lm: LanguageModel,
     folder: str | os.PathLike[str],
     dtype: Any = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a Hugging Face folder that transformers loads; returns the folder.
@@ -217,12 +218,6 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
     files without weights, fetched unless it is there already. Only weights, JSON and text are fetched: no code, and no
     pickle where there are safetensors. `config`: see `find`."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     repository, _, revision = name.partition("@")
     file = re.fullmatch(GGUF_NAME, repository)
@@ -230,22 +225,40 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
 
     def fetched(patterns: Sequence[str]) -> Path:
         wanted: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(NOT_DOWNLOADED)}
-        return Path(snapshot_download(repo_id=repository, revision=revision or None, **wanted))
+        with _told_by_the_hub(name, repository, revision):
+            return Path(snapshot_download(repo_id=repository, revision=revision or None, **wanted))
+
+    if file:  # of a model in parts all of them
+        path = fetched([re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-?????\1", file[2])]) / file[2]
+        if not path.is_file():
+            raise BadInput(f"{name}: the Hugging Face hub has {repository}, but no {file[2]} in it")
+        return path
+    folder = fetched(TOKENIZER_DOWNLOADED)
+    if not tokenizer:
+        _refuse_by_config(folder, config)
+        folder = fetched(DOWNLOADED)  # all once more, of one commit: the name may mean another by now
+        if not (is_safetensors(folder) or (folder / "adapter_model.safetensors").is_file()):
+            folder = fetched(DOWNLOADED_WITHOUT_SAFETENSORS)
+    if not folder.is_dir() or not (tokenizer or is_hf(folder) or is_adapter(folder)):
+        raise BadInput(
+            f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, name one: "
+            f"{repository}/FILE.gguf"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _told_by_the_hub(name: str, repository: str, revision: str) -> Iterator[None]:
+    """What the hub's client raises within it as BadInput that says what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        if file:  # of a model in parts all of them
-            path = fetched([re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-?????\1", file[2])]) / file[2]
-            if not path.is_file():
-                raise BadInput(f"{name}: the Hugging Face hub has {repository}, but no {file[2]} in it")
-            return path
-        folder = fetched(TOKENIZER_DOWNLOADED)
-        if not tokenizer:
-            _refuse_by_config(folder, config)
-            folder = fetched(DOWNLOADED)  # all once more, of one commit: the name may mean another by now
-            if not (is_safetensors(folder) or (folder / "adapter_model.safetensors").is_file()):
-                folder = fetched(DOWNLOADED_WITHOUT_SAFETENSORS)
-    except BadInput:
-        raise
+        yield
     except LocalEntryNotFoundError:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "
@@ -270,18 +283,12 @@ def _download(name: str, tokenizer: bool, config: Any) -> Path:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({first_line(error)})"
         ) from error
-    if not folder.is_dir() or not (tokenizer or is_hf(folder) or is_adapter(folder)):
-        raise BadInput(
-            f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, name one: "
-            f"{repository}/FILE.gguf"
-        )
-    return folder
 
 
 def _refuse_by_config(folder: Path, config: Any) -> None:
     """BadInput for a model that `read_hf` would refuse for its `config.json`; an adapter's model may be another."""
     file = folder / CONFIG
-    if not file.is_file() or is_adapter(folder) or not (config is None or isinstance(config, Mapping)):
+    if not file.is_file() or is_adapter(folder) or is_whole(config):
         return
     with at_place(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
         if values := read_json(file):  # an empty one is taken for none

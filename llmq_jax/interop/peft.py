@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import TABLES, weight_table
 from llmq_jax.interop.safetensors_files import open_safetensors
-from llmq_jax.interop.tables import LazyTensor, Placement, WeightTable, experts_out_in, in_out, out_in
+from llmq_jax.interop.tables import SCORE, LazyTensor, Placement, WeightTable, experts_out_in, in_out, out_in
 from llmq_jax.interop.torch_files import open_torch
 from llmq_jax.layers.axes import is_stacked
 
@@ -27,7 +27,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 """The file that PEFT wrote until 0.6 (2023)."""
 PREFIX = "base_model.model."
-EXPERTS_INNER = ".base_layer"
+"""Before the names of all modules."""
+BASE_LAYER = ".base_layer"
+"""After the name of a module with an adapter: the module itself, or what is adapted in it further."""
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+MAGNITUDES = "lora_magnitude_vector"
+"""What DoRA has beside A and B."""
+TINY_A, TINY_B, TINY_P = "tinylora_A", "tinylora_B", "tinylora_P"
+TINY_V = "base_model.tinylora_v"
+"""Before the number of a group of matrices: the vector that they share in TinyLoRA."""
+SCORE_WEIGHT = f"{PREFIX}{SCORE.key}"
+"""A classifier's head."""
 
 
 class Site(NamedTuple):
@@ -104,7 +115,7 @@ def experts_module(site: Site, found: Container[tuple[str, ...]]) -> str:
     module = site.module.rpartition(".")[0]
     path = site.placement.path[1:]
     inner = path[-1] == "up_kernel" and (*path[:-1], "down_kernel") in found
-    return f"{module}{EXPERTS_INNER}" if inner else module
+    return f"{module}{BASE_LAYER}" if inner else module
 
 
 def memory_table(config: Any) -> WeightTable:

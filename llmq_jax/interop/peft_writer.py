@@ -16,7 +16,23 @@ from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import PARTS
 from llmq_jax.interop.huggingface import CONFIG as BASE_CONFIG
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, is_hub_id
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
+from llmq_jax.interop.peft import (
+    BASE_LAYER,
+    CONFIG,
+    LORA_A,
+    LORA_B,
+    MAGNITUDES,
+    PREFIX,
+    SCORE_WEIGHT,
+    TINY_A,
+    TINY_B,
+    TINY_P,
+    TINY_V,
+    WEIGHTS,
+    Site,
+    experts_module,
+    sites_of,
+)
 from llmq_jax.interop.peft_whole import EMBEDDING, module_name
 from llmq_jax.interop.safetensors_files import save_tensors
 from llmq_jax.interop.tables import in_out
@@ -37,7 +53,7 @@ from llmq_jax.layers.lora import (
     factors,
     spread,
 )
-from llmq_jax.models.heads import LM_HEAD
+from llmq_jax.models.heads import LM_HEAD, SCORE
 from llmq_jax.whole_folders import check_target, whole_folder
 
 ALONE = "model."
@@ -138,7 +154,7 @@ def _refuse_what_peft_lacks(sites: list[Site], found: Mapping[tuple[str, ...], A
             raise BadInput(
                 f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
             )
-        if site.module == "score":
+        if site.module == SCORE:
             raise BadInput("PEFT has no adapter at score, a classifier's head; merge it (lq.merge) and save the model")
 
 
@@ -156,13 +172,13 @@ def _whole(
         has_own = name == LM_HEAD and LM_HEAD in params
         matrix = params[LM_HEAD]["kernel"].T if has_own else params[EMBEDDING]["embedding"]
         # PEFT puts no adapter on a copy: a head with an adapter is saved as the adapter's base layer.
-        inner = ".base_layer" if module in adapted else ""
+        inner = BASE_LAYER if module in adapted else ""
         tensors[f"{PREFIX}{module}{inner}.weight"] = np.ascontiguousarray(matrix, np.float32)
     saved = [module.split(".")[-1] for module in modules.values() if module not in adapted]
     if config.labels is not None:
-        score = np.asarray(params["score"]["kernel"])
-        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
-        saved.append("score")
+        score = np.asarray(params[SCORE]["kernel"])
+        tensors[SCORE_WEIGHT] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
+        saved.append(SCORE)
     return tensors, saved
 
 
@@ -228,21 +244,11 @@ def _low_rank(
         first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
         last = last if chosen else np.zeros_like(last)
         rank = first.shape[-1]
-        last = last.reshape(*last.shape[: first.ndim - 1], -1)
-        if site.of_experts:  # A [E, D, R], B [E, R, F]
-            name = f"{PREFIX}{experts_module(site, found)}"
-            first, last = first.swapaxes(1, 2).reshape(-1, first.shape[1]), last.transpose(2, 1, 0)
-            last = last.reshape(last.shape[0], -1)
-            parameters.append(site.module)
-        else:
-            name, first, last = f"{PREFIX}{site.module}", first.T, last.T
-            if site.is_parameter:
-                parameters.append(site.pattern_name)
-            else:
-                linears.append(site.module)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(np.ascontiguousarray, (first, last))
+        name = f"{PREFIX}{experts_module(site, found) if site.of_experts else site.module}"
+        tensors[f"{name}.{LORA_A}"], tensors[f"{name}.{LORA_B}"] = _in_their_shapes(first, last)
+        (parameters if site.is_parameter else linears).append(site.pattern_name)
         if MAGNITUDE in trained:
-            tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
+            tensors[f"{name}.{MAGNITUDES}"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
         alphas[site.pattern_name], ranks[site.pattern_name] = _seven_digits(scale * rank), rank
     if len(dropouts) > 1:
         raise BadInput(
@@ -266,6 +272,18 @@ def _low_rank(
     }
 
 
+def _in_their_shapes(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A [D, R] and B [R, ...] of a matrix as PEFT's (r, in) and (out, r); A [E, D, R] and B [E, R, ...] of experts as
+    (E·r, in), expert by expert, and (out, r·E), rank by rank."""
+    last = last.reshape(*last.shape[: first.ndim - 1], -1)
+    if first.ndim == 3:
+        first, last = first.swapaxes(1, 2).reshape(-1, first.shape[1]), last.transpose(2, 1, 0)
+        last = last.reshape(last.shape[0], -1)
+    else:
+        first, last = first.T, last.T
+    return np.ascontiguousarray(first), np.ascontiguousarray(last)
+
+
 def _tiny(
     sites: list[Site], found: Mapping[tuple[str, ...], Any], tied: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -278,12 +296,11 @@ def _tiny(
         leaves = {name: np.asarray(leaf)[site.placement.slot] for name, leaf in (trained | fixed).items()}
         if leaves[SCALE] == 0:
             continue
-        name = f"{PREFIX}{site.module}.tinylora"
         last = leaves[B].reshape(leaves[B].shape[0], -1)
         projections = leaves[SCALE] * leaves[PROJECTIONS].swapaxes(1, 2)
-        for suffix, leaf in (("A", leaves[A].T), ("B", last.T), ("P", projections)):
-            tensors[f"{name}_{suffix}"] = np.ascontiguousarray(leaf)
-        tensors[f"base_model.tinylora_v.{0 if tied else len(targets)}"] = np.array(leaves[NUMBERS])
+        for name, leaf in ((TINY_A, leaves[A].T), (TINY_B, last.T), (TINY_P, projections)):
+            tensors[f"{PREFIX}{site.module}.{name}"] = np.ascontiguousarray(leaf)
+        tensors[f"{TINY_V}.{0 if tied else len(targets)}"] = np.array(leaves[NUMBERS])
         targets.append(site.module)
     return tensors, {
         "peft_type": "TINYLORA",

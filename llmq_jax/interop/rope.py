@@ -46,15 +46,7 @@ def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any
             f"rope_parameters has {', '.join(unread)}, which rope_scaling lacks: transformers reads rope_scaling in "
             "its place, without; keep one of the two"
         )
-    merged: dict[str, Any] = {}
-    for name, parameters in (spellings | {"config.json": outside}).items():
-        for key, value in parameters.items():
-            key = "rope_type" if key == "type" and "rope_type" not in parameters else key
-            if value is None or value in NEUTRAL.get(key, ()):
-                continue
-            known = merged.setdefault(key, value)
-            if known is not value and known != value:  # `is`, since NaN differs from itself
-                raise BadInput(f"{name} has {key}={value!r}, and {known!r} is said of it elsewhere; keep one")
+    merged = _merged(spellings | {"config.json": outside})
     untyped = [key for key in merged if key not in WITHOUT_TYPE]
     if untyped and "rope_type" not in merged:
         name = next(name for name, parameters in spellings.items() if untyped[0] in parameters)
@@ -70,6 +62,21 @@ def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any
     if merged.get("rope_type", "default") in WITHOUT_ORIGINAL:
         merged.pop(ORIGINAL, None)
     return {**values, "rope_parameters": merged}
+
+
+def _merged(places: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The parameters that several places of a config.json give, without those that change nothing. BadInput where two
+    places contradict each other."""
+    merged: dict[str, Any] = {}
+    for name, parameters in places.items():
+        for key, value in parameters.items():
+            key = "rope_type" if key == "type" and "rope_type" not in parameters else key
+            if value is None or value in NEUTRAL.get(key, ()):
+                continue
+            known = merged.setdefault(key, value)
+            if known is not value and known != value:  # `is`, since NaN differs from itself
+                raise BadInput(f"{name} has {key}={value!r}, and {known!r} is said of it elsewhere; keep one")
+    return merged
 
 
 def _warn_of_another_ratio(parameters: Mapping[str, Any], longest: Any) -> None:

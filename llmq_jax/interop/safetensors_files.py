@@ -15,6 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llmq_jax.defaults import MAX_SHARD_SIZE
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
 from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_file_or_shards, write_json
@@ -55,7 +56,9 @@ def open_safetensors(path: Path) -> TensorFiles:
     return open_file_or_shards(path, WEIGHTS, _read)
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "5GB") -> None:
+def write_safetensors(
+    folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
     """`model.safetensors`, or shards of at most `max_shard_size` ("5GB", "500MB", bytes) and their index."""
     try:
         split = split_state_dict_into_shards_factory(

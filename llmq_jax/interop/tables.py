@@ -28,11 +28,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.layers.axes import on_host, put
 from llmq_jax.models import abstract_variables, all_layer_paths
+from llmq_jax.models.decoder import PARAMS
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
-PARAMS = "params"
-"""The collection of trained parameters."""
 KEEP = "keep such a model in our own format (lq.save)"
 """The advice in errors about a model that another format cannot hold."""
 
@@ -106,7 +105,7 @@ def rule(
     key: str,
     path: str,
     transform: Transform,
-    collection: str = "params",
+    collection: str = PARAMS,
     at: tuple[Any, ...] = (),
     optional: bool = False,
 ) -> Rule:
@@ -273,8 +272,13 @@ class WeightTable:
 
     def _knows(self, name: str) -> bool:
         """Whether a tensor of this name may occur in this spelling."""
-        known = [*(entry.key for entry in self.rules), *self.tied, *self.ignorable]
-        return any(_matches(key, full) for full in (name, self.optional_prefix + name) for key in known)
+        return any(self._known.fullmatch(full) for full in (name, self.optional_prefix + name))
+
+    @functools.cached_property
+    def _known(self) -> re.Pattern[str]:
+        """What matches every name with its prefix: one pattern, as all names of a file are asked of all tables."""
+        keys = [*(entry.key for entry in self.rules), *self.tied, *self.ignorable]
+        return re.compile("|".join(_NUMBER.sub(r"\\d+", re.escape(key)) for key in keys))
 
     def survey(self, state: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
         """What `state` tells about its config: ({path of our leaf, within its block: the shape of their tensor}, the
@@ -419,9 +423,13 @@ def equal(left: Any, right: Any) -> bool:
     return left is right or (left.shape == right.shape and np.array_equal(on_host(left), on_host(right)))
 
 
+_NUMBER = re.compile(r"\\{(layer|expert)\\}")
+"""The number of a layer or an expert in a key, as `re.escape` has it."""
+
+
 @functools.cache
 def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(layer|expert)\\}", r"(?P<\1>\\d+)", re.escape(key)))
+    return re.compile(_NUMBER.sub(r"(?P<\1>\\d+)", re.escape(key)))
 
 
 def _matches(key: str, name: str) -> re.Match[str] | None:

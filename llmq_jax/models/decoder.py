@@ -44,6 +44,8 @@ from llmq_jax.weight_type import weight_type
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
+PARAMS = "params"
+"""The collection of trained parameters, as Linen calls it."""
 SHAPES_ALONE = "shapes_alone"
 """A key of this name tells `init` that only the shapes of its variables are asked for."""
 
@@ -281,7 +283,7 @@ class Decoder(nn.Module):
             module = nn.remat(module, policy=POLICIES[self.remat], prevent_cse=not self.scan_layers)
         return nn.scan(
             module,
-            variable_axes={"params": 0, "router": 0, LORA: 0, LORA_FIXED: 0},
+            variable_axes={PARAMS: 0, "router": 0, LORA: 0, LORA_FIXED: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=repeats,

@@ -17,9 +17,9 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.lora import LORA, LORA_FIXED, SCALE, adapters, trained_whole
-from llmq_jax.models.decoder import Decoder, upper_part
+from llmq_jax.models.decoder import PARAMS, Decoder, upper_part
 
-FROZEN, PARAMS = "frozen", "params"
+FROZEN = "frozen"
 
 
 def as_read(variables: dict[str, Any]) -> dict[str, Any]:

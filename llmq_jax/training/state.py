@@ -9,7 +9,7 @@ from flax import struct
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import is_consumed, refuse_consumed
-from llmq_jax.training.parts import PARAMS
+from llmq_jax.models.decoder import PARAMS
 from llmq_jax.training.sharding import place
 
 ROUTER = "router"

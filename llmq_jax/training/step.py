@@ -15,9 +15,10 @@ from llmq_jax.field_types import refuse_consumed, whole
 from llmq_jax.host_copies import to_host
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
+from llmq_jax.models.decoder import PARAMS
 from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
-from llmq_jax.training.parts import PARAMS, as_read
+from llmq_jax.training.parts import as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import ROUTER, TrainState, refuse_consumed_state, routers_learn
 

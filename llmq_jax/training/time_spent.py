@@ -65,7 +65,7 @@ class TimeSpent:
 
 
 def is_under_way(result: Any) -> bool:
-    """Whether the device still computes it. A CPU whose programs run when they are called (`command_line.use_device`)
+    """Whether the device still computes it. A CPU whose programs run when they are called (`backend.use_device`)
     never does, nor does it what is on the host."""
     return hasattr(result, "is_ready") and not result.is_ready()
 

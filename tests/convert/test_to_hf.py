@@ -201,6 +201,11 @@ def test_the_type_of_a_merged_model_is_said(here, tmp_path, capsys):
     assert "\nwritten in bfloat16\n" in capsys.readouterr().out
 
 
+def test_a_size_of_shards_that_is_empty_is_none(here, tmp_path, capsys):
+    assert ended("convert.to_hf", "models/base", tmp_path / "out", "--max-shard-size=") == 2
+    assert capsys.readouterr().err == 'error: max_shard_size=\'\' is no size; write "5GB" or "500MB"\n'
+
+
 def test_adapters_beside_a_narrow_base_are_merged_as_wide_as_what_is_written(here, tmp_path, capsys):
     narrow = lq.load("run", dtype="bfloat16")
     lq.save(narrow, tmp_path / "narrow")
