@@ -293,12 +293,14 @@ class LanguageModel:
     ) -> Float[Array, "B C"] | Float[np.ndarray, "B C"]:
         """Logits [B, C] of a classifier's C classes for each row, in float32, at the row's last real token, wherever
         its padding is. Arguments as in `logits`, or one text or several, which `class_tokens` and `classify_rows` then
-        take. BadInput: as there, a language model, an empty text, several documents in a row."""
+        take. BadInput: as there, a language model, no text or an empty one, several documents in a row."""
         self.require_labels("this model")
         if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "UO":
             tokens = tokens.tolist()
         if isinstance(tokens, str):
             tokens = [tokens]
+        if isinstance(tokens, Sequence) and not tokens:
+            raise BadInput("there is nothing to classify: give one text or row of tokens, or more")
         if isinstance(tokens, Sequence) and any(isinstance(text, str) for text in tokens):
             if not (lengths is None and positions is None and segment_ids is None):
                 raise BadInput("lengths, positions and segment_ids are those of token ids; give texts alone")

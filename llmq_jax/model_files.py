@@ -14,7 +14,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput, at_place
-from llmq_jax.field_types import create, require_model
+from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import config_class_of
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
 from llmq_jax.interop.gguf import LAYOUT as GGUF
@@ -35,8 +35,7 @@ from llmq_jax.interop.openai import LAYOUT as OPENAI
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.language_model import LanguageModel, differing_weight
-from llmq_jax.models import ARCHITECTURES, PRESETS, architecture, build, fields_from_text, override
-from llmq_jax.models.config import require_sizes
+from llmq_jax.models import PRESETS, architecture, build, config_from_fields, fields_from_text, override
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.whole_folders import check_target, whole_folder
 
@@ -260,18 +259,8 @@ def _load_checkpoint(path: Path, checkpoint: Path, config: Any, dtype: np.dtype 
 
 def _config(path: Path, fields: dict[str, Any]) -> Any:
     """A config dataclass from the dict that a checkpoint keeps."""
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise BadInput(
-            f"{path}: model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}; one of your own is loaded from "
-            "Python, after the file that registers it is imported (docs/own_model.md)"
-        )
-    try:
-        require_sizes(fields)
-        return create(ARCHITECTURES[model_type].config_class, fields)
-    except BadInput as error:
-        raise BadInput(f"{path}: its config is damaged, or of another version ({error})") from error
+    with at_place(str(path)):
+        return config_from_fields(fields)
 
 
 def _describe(path: Path) -> str:

@@ -233,6 +233,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         else:
             tokenizer = prepared.tokenizer
         config = new_config(options, tokenizer.vocab_size)
+    prompt_option = "the default --sample-prompt" if options.sample_prompt is None else "--sample-prompt"
     options = filled(
         options,
         out=options.folder,
@@ -255,7 +256,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
             f"--separate-documents: {tokenizer.name} begins texts with the token that ends them, so that a document's "
             "beginning would be taken for an end; leave it out"
         )
-    prompt_tokens = prompt_length(options, tokenizer, config)
+    prompt_tokens = prompt_length(options, tokenizer, config, prompt_option)
     model = model_of(options, config)
 
     check_mesh(options, abstract_variables(config), options.batch_size)
@@ -374,9 +375,9 @@ def check(options: Options) -> None:
     )
 
 
-def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
-    """The number of tokens in the samples' prompt. BadInput, before the run begins, where it leaves the model no
-    room."""
+def prompt_length(options: Options, tokenizer: Any, config: Any, named: str) -> int:
+    """The number of tokens in the samples' prompt. BadInput, in which the prompt is `named` so, before the run begins,
+    where it leaves the model no room."""
     from llmq_jax.data import check_vocabulary
 
     ids = tokenizer.encode_prompt(options.sample_prompt)
@@ -384,10 +385,10 @@ def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
     if options.sample_every != 0:
         if not 0 < len(ids) < longest:
             raise BadInput(
-                f"--sample-prompt {options.sample_prompt!r} is {counted(len(ids), 'token')} long; it needs at least 1, "
+                f"{named} {options.sample_prompt!r} is {counted(len(ids), 'token')} long; it needs at least 1, "
                 f"and fewer than the model's {longest} to leave room: give another one, or --sample-every 0"
             )
-        check_vocabulary(ids, config.vocab_size, "--sample-prompt")
+        check_vocabulary(ids, config.vocab_size, named)
     return len(ids)
 
 

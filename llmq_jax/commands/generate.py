@@ -103,10 +103,18 @@ def _print_text(options: Options, text: str) -> None:
     pieces = _stream(options, lm, prompt, len(tokens), drawing)
     start = time.perf_counter()
     print(shown, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    drafts = _print_pieces(pieces)
     print(flush=True)
-    _tell_time(start)
+    _tell_end(start, [] if drafts is None else [drafts])
+
+
+def _print_pieces(pieces: Iterator[str]) -> Any:
+    """Print a text as it comes; returns its `Generation.drafts`."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            return end.value
 
 
 def _text(options: Options) -> str:
@@ -155,9 +163,15 @@ def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[s
         raise BadInput(str(error).replace("prompt 0", "the prompt")) from None
 
 
-def _tell_time(start: float) -> None:
-    if sys.stderr.isatty():
-        print(f"{time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
+def _tell_end(start: float, drafts: list[Any]) -> None:
+    """Tell a terminal the time, and how many of the `drafts` ([rows, 2], as in `Generation`) were accepted."""
+    if not sys.stderr.isatty():
+        return
+    told = f"{time.perf_counter() - start:.1f} s, compilation included"
+    drafted, accepted = sum(rows.sum(axis=0) for rows in drafts) if drafts else (0, 0)
+    if drafted:
+        told += f"; {accepted:,} of {drafted:,} drafted tokens accepted ({accepted / drafted:.0%})"
+    print(told, file=sys.stderr)
 
 
 def _continue_file(options: Options) -> None:
@@ -197,17 +211,19 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
         )
 
     start = time.perf_counter()
+    drafts: list[Any] = []
     size = min(size, options.rows_of(len(prompts)))
     with _kept_lines(options, records, prompts, lm, drawing) as kept:
         begin = 0 if kept is None else len(kept.lines)
         batches = range(begin, len(prompts), size)
         for first in batches if kept is None else with_progress(batches, "generating"):
-            lines = _batch(options, lm, records, prompts, range(first, first + size), drawing)
+            lines, of_batch = _batch(options, lm, records, prompts, range(first, first + size), drawing)
+            drafts += of_batch
             if kept is None:
                 print(*lines, sep="\n", flush=True)
             else:
                 kept.add(lines)
-    _tell_time(start)
+    _tell_end(start, drafts)
 
 
 def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[str, Any]]) -> list[Any]:
@@ -239,8 +255,8 @@ def _by_template(options: Options, record: dict[str, Any]) -> bool:
 
 def _batch(
     options: Options, lm: Any, records: list[dict[str, Any]], prompts: list[Any], rows: range, drawing: dict[str, Any]
-) -> list[str]:
-    """The lines of these rows."""
+) -> tuple[list[str], list[Any]]:
+    """The lines of these rows, and their `Generation.drafts`, where there is a draft."""
     import llmq_jax as lq
 
     # The last batch is filled up with its last prompt: another shape would be compiled anew.
@@ -254,7 +270,7 @@ def _batch(
     for i, record in enumerate(records[rows.start : rows.stop]):
         added = {"completion": generation.text[i], "tokens": int(generation.lengths[i])}
         lines.append(json.dumps({**record, **added}, ensure_ascii=False))
-    return lines
+    return lines, [] if generation.drafts is None else [generation.drafts[: len(lines)]]
 
 
 def _kept_lines(

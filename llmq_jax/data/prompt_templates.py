@@ -99,7 +99,10 @@ class Rendered:
         if train_on == "all":
             return ((0, len(self.text)),)
         if not self.answers:
-            raise BadInput(f"{self.where} has no answer to a prompt: train on all of it, or remove the row")
+            raise BadInput(
+                f"{self.where} has no answer to a prompt: train on all of it (--train-on all, in Python "
+                'train_on="all"), or remove the row'
+            )
         count = len(self.answers)
         if isinstance(train_on, str):
             numbers: Sequence[int] = range(count) if train_on == "response" else (-1,)

@@ -190,9 +190,10 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
     )
 
 
-def readable(state: State) -> State:
-    """The state with the fields that the caller reads replicated on every device of a mesh, for every process."""
-    names = ("step", "tokens", "logprobs", "lengths", "done")
+def readable(state: State, *others: str) -> State:
+    """The state with the fields that the caller reads, among them `others`, replicated on every device of a mesh, for
+    every process."""
+    names = ("step", "tokens", "logprobs", "lengths", "done", *others)
     return state.replace(**replicated({name: getattr(state, name) for name in names}))
 
 

@@ -5,13 +5,15 @@ position is invisible: a row gets the tokens that it would get alone. Every row 
 samples do not depend on its neighbours either.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model
 from llmq_jax.generation.prompt_cache import PromptCache
-from llmq_jax.generation.request import Generation, Ids, Request, RowText
+from llmq_jax.generation.request import Generation, Ids, Request, RowText, drafts_of
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.host_copies import to_host
 
@@ -95,7 +97,8 @@ def stream(
 
     A piece is held back while it may still change: half of a character, characters spelled as bytes by a tokenizer with
     byte fallback until a token of another kind comes, or the beginning of a stop string. Arguments and errors are those
-    of `generate`, and errors are raised at once; BadInput also for a model without a tokenizer.
+    of `generate`, and errors are raised at once; BadInput also for a model without a tokenizer. The value of the
+    StopIteration at the end is the row's `Generation.drafts`.
     """
     require_model(lm)
     if lm.tokenizer is None:
@@ -107,7 +110,7 @@ def stream(
     return _pieces(request)
 
 
-def _pieces(request: Request) -> Iterator[str]:
+def _pieces(request: Request) -> Generator[str, None, np.ndarray | None]:
     row, shown = RowText(request, 0), 0
     state, finished = request.start(), False
     try:
@@ -122,5 +125,6 @@ def _pieces(request: Request) -> Iterator[str]:
                 shown = len(row.text[:end])
             if not finished:
                 state = request.advance(state, row.read + 1)
+        return drafts_of(state)
     finally:  # the caller may stop asking
         request.remember(state)

@@ -62,10 +62,19 @@ class Generation:
     """The new tokens decoded, without special tokens and stop string. After a prompt that is a text this is what to
     append to it, the space between them included; after token ids it is a text of its own. None for a model without a
     tokenizer."""
-    drafted: int = 0
-    """Tokens that a draft proposed, over all rows."""
-    accepted: int = 0
-    """Those of them that the model accepted, before a stop string cut a row."""
+    drafts: np.ndarray | None = None
+    """int32 [B, 2]: the tokens that a draft proposed, and those of them that the model accepted, before a stop string
+    cut the row. None without a draft."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that a draft proposed, over all rows."""
+        return 0 if self.drafts is None else int(self.drafts[:, 0].sum())
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that the model accepted."""
+        return 0 if self.drafts is None else int(self.drafts[:, 1].sum())
 
 
 class RowText:
@@ -325,10 +334,7 @@ class Request:
         elif self.lm.tokenizer is not None:
             rows = zip(tokens, lengths, self.behind, strict=True)
             text = [self._decode(row[:length].tolist(), behind) for row, length, behind in rows]
-        counts = (0, 0)
-        if isinstance(state, SpeculativeState):
-            counts = (int(state.drafted.sum()), int(state.accepted.sum()))
-        return Generation(tokens, lengths, logprobs, text, *counts)
+        return Generation(tokens, lengths, logprobs, text, drafts_of(state))
 
     def certain(self, text: str) -> int:
         """How much of an unfinished text cannot be the beginning of a stop string."""
@@ -349,6 +355,13 @@ class Request:
         """Where the first stop string from `start` on begins."""
         found = [text.find(string, start) for string in self.stop_strings]
         return min((at for at in found if at >= 0), default=None)
+
+
+def drafts_of(state: DecodeState) -> np.ndarray | None:
+    """`Generation.drafts`."""
+    if not isinstance(state, SpeculativeState):
+        return None
+    return np.stack(to_host((state.drafted, state.accepted)), axis=1)
 
 
 def _drafting(

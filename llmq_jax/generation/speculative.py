@@ -181,7 +181,7 @@ def start_draft(
     zeros = jnp.zeros_like(state.lengths)
     fields = {name: getattr(state, name) for name in DecodeState.__dataclass_fields__}
     begun = draft.start(read_from, output, prompts, prompt_lengths, state.newest, length)
-    return SpeculativeState(**fields, draft=begun, drafted=zeros, accepted=zeros)
+    return readable(SpeculativeState(**fields, draft=begun, drafted=zeros, accepted=zeros), "drafted", "accepted")
 
 
 @partial(jax.jit, static_argnames=("model", "draft", "sampler", "end_tokens"), donate_argnames=("state",))
@@ -237,7 +237,7 @@ def advance_by_drafts(
             accepted=state.accepted + jnp.minimum(accepted, gained),
         )
 
-    return readable(jax.lax.while_loop(unfinished, one_pass, state))
+    return readable(jax.lax.while_loop(unfinished, one_pass, state), "drafted", "accepted")
 
 
 def accept(

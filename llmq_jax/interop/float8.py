@@ -63,7 +63,10 @@ def _product(name: str, matrix: Any, scale: Any, block: tuple[int, int]) -> Lazy
 
     def read() -> np.ndarray:
         wide = np.asarray(matrix).astype(np.float32)
-        spread = np.asarray(scale).astype(np.float32).repeat(rows, 0).repeat(columns, 1)
+        numbers = np.asarray(scale).astype(np.float32)
+        if len(broken := numbers[~np.isfinite(numbers)]):
+            raise BadInput(f"{name}{SCALE} holds {broken[0]} and must be finite; get it again")
+        spread = numbers.repeat(rows, 0).repeat(columns, 1)
         return (wide * spread[: wide.shape[0], : wide.shape[1]]).astype(ml_dtypes.bfloat16)
 
     return LazyTensor(tuple(matrix.shape), np.dtype(ml_dtypes.bfloat16), read)

@@ -17,6 +17,7 @@ counted nowhere.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,13 +129,18 @@ def report(
 def all_layers(counts: dict[str, Any]) -> RouterReport | None:
     """The reports of all layers with experts, from first to last, out of the counts that a decoder's pass returns."""
     groups = []
-    for blocks in counts.values():
-        reports = [block["router"] for block in blocks.values() if "router" in block]
+    for _, blocks in _in_order(counts):
+        reports = [block["router"] for _, block in _in_order(blocks) if "router" in block]
         if reports:  # A group repeats its blocks one after another.
             groups.append(
                 jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *reports)
             )
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *groups) if groups else None
+
+
+def _in_order(parts: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Groups or blocks by their numbers: a compiled function returns group_10 before group_2."""
+    return sorted(parts.items(), key=lambda item: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", item[0])])
 
 
 def balance_losses(reports: RouterReport, balance: Balance, top_k: int) -> dict[str, Float[Array, ""]]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import as_type, has_type, type_name, whole
+from llmq_jax.field_types import as_type, create, has_type, type_name, whole
 from llmq_jax.layers.axes import constrain_like_params
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
-from llmq_jax.models.config import GLOBAL, LOCAL, ROPE_FIELDS
+from llmq_jax.models.config import GLOBAL, LOCAL, ROPE_FIELDS, require_sizes
 from llmq_jax.models.decoder import SHAPES_ALONE, Decoder
 from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
@@ -51,6 +51,7 @@ __all__ = [
     "all_layer_paths",
     "architecture",
     "build",
+    "config_from_fields",
     "fields_from_text",
     "init",
     "override",
@@ -97,6 +98,25 @@ def preset(name: str, **overrides: Any) -> Any:
     if name not in PRESETS:
         raise BadInput(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     return override(PRESETS[name], **overrides)
+
+
+def config_from_fields(fields: Mapping[str, Any]) -> Any:
+    """The config that the dict of its fields and its `model_type` stands for, as runs and checkpoints keep it.
+
+    BadInput: there is no such architecture, or the fields are not its own.
+    """
+    values = dict(fields)
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise BadInput(
+            f"model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}; one of your own is loaded from "
+            "Python, after the file that registers it is imported (docs/own_model.md)"
+        )
+    try:
+        require_sizes(values)
+        return create(ARCHITECTURES[model_type].config_class, values)
+    except BadInput as error:
+        raise BadInput(f"its config is damaged, or of another version ({error})") from error
 
 
 def override(config: Any, **changes: Any) -> Any:

@@ -207,6 +207,24 @@ def test_a_terminal_is_told_the_time_alone(llmq, model_folder, monkeypatch):
     assert re.fullmatch(r"\d+\.\d s, compilation included\n", err)
 
 
+def test_a_terminal_is_told_how_many_drafts_were_accepted(llmq, model_folder, tiny_model, tmp_path, monkeypatch):
+    """Of a text and of a file, without the copies of the last prompt that fill up the last batch."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    lq.save_hf(tiny_model.replace(variables=lq.init(tiny_model.config, seed=4)), tmp_path / "draft")
+    prompts, draft = ["ab", "x", "k!"], lq.load(tmp_path / "draft")
+    made = [lq.generate(tiny_model, prompt, 20, lq.Sampler(temperature=0.0), draft=draft) for prompt in prompts]
+    drafted, accepted = ([getattr(each, name) for each in made] for name in ("drafted", "accepted"))
+    assert len(set(drafted)) == 3 and accepted[0] > 0
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = ["--max-new-tokens", 20, "--temperature", 0, "--draft", tmp_path / "draft"]
+    sources = [["--prompt", "ab"], ["--prompt-file", tmp_path / "prompts.jsonl", "--batch-size", 2]]
+    for source, of in zip(sources, ([0], [0, 1, 2]), strict=True):
+        counts = sum(accepted[i] for i in of), sum(drafted[i] for i in of)
+        _, _, err = llmq("generate", model_folder, *source, *options)
+        told = "{} of {} drafted tokens accepted ({:.0%})".format(*counts, counts[0] / counts[1])
+        assert re.fullmatch(rf"\d+\.\d s, compilation included; {re.escape(told)}\n", err)
+
+
 # Files of prompts
 
 RECORDS = [

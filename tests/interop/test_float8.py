@@ -145,6 +145,11 @@ def test_scales_that_do_not_fit_are_refused(float8, tmp_path):
     assert "model.norm.weight, [160] in blocks of 128 x 128, takes [2]" in refused(lq.load, folder)
     folder = write(tmp_path / "alone", {name: array for name, array in file.items() if name != gate})
     assert refused(lq.load, folder) == f"{folder}: {gate}_scale_inv is the scale of a matrix that is not there"
+    for number in (np.nan, np.inf):
+        broken = file[scale].copy()
+        broken[-1, 0] = number
+        folder = write(tmp_path / f"{number}", file | {scale: broken})
+        assert refused(lq.load, folder) == f"{folder}: {scale} holds {number} and must be finite; get it again"
     folder = write(tmp_path / "unscaled", {name: array for name, array in file.items() if name != scale})
     assert (
         refused(lq.load, folder) == f"{folder}: {DOWN} is in float8, and its scale {scale} is not there; get it again"

@@ -503,6 +503,16 @@ def test_layers_are_counted_in_order():
     assert all_layers({"group_0": {"block_0": {}}}) is None
 
 
+def test_more_than_ten_layers_of_a_kind_are_counted_in_order():
+    """A compiled function returns dicts sorted by name, "group_10" before "group_2"."""
+    reports, *_ = reported(layers=24)
+    layers = [{"router": jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], reports)} for i in range(24)]
+    counts = {f"group_{i}": {"block_0": layers[i]} for i in range(10)}
+    counts["group_10"] = {f"block_{i}": layers[10 + i] for i in range(12)}
+    counts |= {"group_10_upper": {"block_0": layers[22]}, "mtp": {"block_0": layers[23]}}
+    assert_close(all_layers(jax.jit(lambda tree: tree)(counts)), reports)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -96,6 +96,12 @@ def test_labels_that_cannot_be(model_type, labels, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("none", [[], ()])
+def test_no_text_is_told(classifier, none):
+    with pytest.raises(BadInput, match=r"^there is nothing to classify: give one text or row of tokens, or more$"):
+        classifier.classify(none)
+
+
 def test_labels_are_a_field_like_others(lm, classifier):
     config_class = type(lm.config)
     assert fields_from_text(config_class, ['labels=["a", "b"]']) == {"labels": ["a", "b"]}

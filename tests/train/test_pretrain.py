@@ -500,7 +500,10 @@ BAD = {
         ["--data", "TEXT", "--sample-prompt", "x" * 16],
         "--sample-prompt 'xxxxxxxxxxxxxxxx' is 16",
     ),
-    "no room for the default prompt": (["--data", "TEXT", "--context", "1"], "--sample-prompt '\\n' is 1 token long"),
+    "no room for the default prompt": (
+        ["--data", "TEXT", "--context", "1"],
+        "error: the default --sample-prompt '\\n' is 1 token long",
+    ),
     "start without warm-up": (["--initial-learning-rate", "1e-5"], "--initial-learning-rate has no effect"),
     "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "--keep-last is 0 and must be at least 1"),
     "keep what is not saved": (["--keep-last", "2", "--checkpoint-every", "0"], "--keep-last has no effect"),

@@ -13,9 +13,12 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias
 from llmq_jax.layers.moe import Experts
-from llmq_jax.models import Llama3Config, build, init
+from llmq_jax.models import Llama3Config, build, init, preset
 from llmq_jax.objectives import NextToken
-from llmq_jax.training.expert_plots import mean_load, plot_balance, plot_expert_load, plot_experts
+from llmq_jax.training.checkpoints import config_dict
+from llmq_jax.training.expert_plots import draw_expert_load, mean_load, plot_balance, plot_expert_load, plot_experts
+from llmq_jax.training.run_folder import CONFIG as CONFIG_FILE
+from llmq_jax.training.run_folder import MARK
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_eval_step, make_train_step
 
@@ -171,3 +174,25 @@ def test_plots(tmp_path):
         plot_expert_load([dense], tmp_path / "x.png")
     with pytest.raises(BadInput, match="dense has no max_violation"):
         plot_balance([dense], tmp_path / "x.png")
+
+
+DEEPSEEK = preset("deepseek-10m", num_hidden_layers=4, first_k_dense_replace=2, num_nextn_predict_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "names"),
+    [
+        (DEEPSEEK, 4, ["2", "3", "mtp 1", "mtp 2"]),
+        (DEEPSEEK, 2, ["2", "3"]),  # a recipe that leaves the modules out
+        (dataclasses.replace(CONFIG, experts=Experts(4, 2, dense_layers=[1])), 2, ["0", "2"]),
+        (preset("mixtral-10m"), 4, ["0", "1", "2", "3"]),
+        (CONFIG, 4, ["0", "1", "2", "3"]),  # of a run whose config says something else
+        (None, 2, ["0", "1"]),
+    ],
+)
+def test_rows_of_the_heat_map_have_the_model_s_layer_numbers(tmp_path, config, rows, names):
+    folder = run_folder(tmp_path / "run", [[[3, 1, 2, 2]] * rows])
+    (folder / CONFIG_FILE).write_text(json.dumps({MARK: 1, "model": config_dict(config)}))
+    axes = draw_expert_load([folder]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert axes.get_yticks().tolist() == list(range(rows))
