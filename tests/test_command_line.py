@@ -16,8 +16,8 @@ import pytest
 from llmq_jax import command_line, option_errors
 from llmq_jax.commands import VERBS
 from llmq_jax.errors import BadInput, close_names
-from llmq_jax.option_names import OURS, RESUMING
-from llmq_jax.options import PATHS, Flag, Positional, Repeated, option_name
+from llmq_jax.option_names import OURS, RESUMING, meant_by
+from llmq_jax.options import PATHS, Flag, Positional, Repeated, given_fields, option_name
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,23 @@ def test_names_from_elsewhere_are_those_of_the_documentation():
             assert here[0].split()[0] == ours[there[0]], row
             found += 1
     assert found > 10
+
+
+def test_names_from_elsewhere_have_an_answer_in_the_recipes_of_their_section():
+    """Each argument in the first column of the tables of docs/from_trl.md: an option or, where there is none, why."""
+    recipes, silent = {}, []
+    for line in (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text().splitlines():
+        if line.startswith("## "):
+            named = [name for name in RECIPES if line.endswith(f"train.{name}")]
+            named = ["instruct"] if line.startswith("## LoraConfig") else named
+            recipes = {name: recipe_options(name) for name in (RECIPES if "every recipe" in line else named)}
+        there = re.findall(r"`([a-z]\w*)`", re.sub(r"(the )?column .*| of .*", "", [*line.split("|"), "", ""][1]))
+        for name, options in recipes.items():
+            fields = {field.name for field in given_fields(options)}
+            answers = {each: meant_by(each, fields, lambda *_: "") for each in there if each not in fields}
+            silent += [(name, each) for each, answer in answers.items() if not answer or "did you mean" in answer]
+    assert len(recipes) == 0  # the last sections have no tables of arguments
+    assert silent == [], silent
 
 
 NO_PATHS = {  # options that take a text, but none that is a path
