@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 
 from llmq_jax import command_line, option_errors
-from llmq_jax.commands import VERBS
+from llmq_jax.commands import VERBS, generate
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.option_names import OURS, RESUMING, meant_by
 from llmq_jax.options import PATHS, Flag, Positional, Repeated, given_fields, option_name
@@ -340,6 +340,17 @@ def test_names_from_elsewhere_have_an_answer_in_the_recipes_of_their_section():
             silent += [(name, each) for each, answer in answers.items() if not answer or "did you mean" in answer]
     assert len(recipes) == 0  # the last sections have no tables of arguments
     assert silent == [], silent
+
+
+def test_names_of_nanogpts_config_have_an_answer():
+    """Of its train.py in train.pretrain, and of its sample.py in llmq generate, beside those that are ours too."""
+    training = "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint wandb_log wandb_project"
+    training += " wandb_run_name dataset gradient_accumulation_steps block_size n_layer n_head n_embd bias max_iters"
+    training += " beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend compile"
+    for names, options in ((training, recipe_options("pretrain")), ("start num_samples", generate.Options)):
+        fields = {field.name for field in given_fields(options)}
+        answers = {name: meant_by(name, fields, lambda field, *_: field) for name in names.split()}
+        assert [name for name, answer in answers.items() if not answer or "did you mean" in answer] == []
 
 
 NO_PATHS = {  # options that take a text, but none that is a path
