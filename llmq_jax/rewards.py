@@ -360,7 +360,10 @@ def _called(
         returned = function(**arguments)
         values = list(returned) if _is_iterable(scalar(returned)) else None
     except FAULTS as error:
-        raise BadInput(f"the reward {name!r} failed with {_error_line(error)}{_place(error, function)}") from error
+        fault = f"{_error_line(error)}{_place(error, function)}"
+        if "string indices must be integers" in fault:  # as TRL's functions read conversations
+            fault += "; prompts and completions are texts here, not messages"
+        raise BadInput(f"the reward {name!r} failed with {fault}") from error
     if values is None:
         raise BadInput(
             f"the reward {name!r} returned {_shown(returned)}; it must return a list: a number, or None, for each "

@@ -14,10 +14,10 @@ from typing import Literal
 import pytest
 
 from llmq_jax import command_line, option_errors
-from llmq_jax.commands import VERBS
+from llmq_jax.commands import VERBS, generate
 from llmq_jax.errors import BadInput, close_names
-from llmq_jax.option_names import OURS, RESUMING
-from llmq_jax.options import PATHS, Flag, Positional, Repeated, option_name
+from llmq_jax.option_names import OURS, RESUMING, meant_by
+from llmq_jax.options import PATHS, Flag, Positional, Repeated, given_fields, option_name
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,34 @@ def test_names_from_elsewhere_are_those_of_the_documentation():
             assert here[0].split()[0] == ours[there[0]], row
             found += 1
     assert found > 10
+
+
+def test_names_from_elsewhere_have_an_answer_in_the_recipes_of_their_section():
+    """Each argument in the first column of the tables of docs/from_trl.md: an option or, where there is none, why."""
+    recipes, silent = {}, []
+    for line in (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text().splitlines():
+        if line.startswith("## "):
+            named = [name for name in RECIPES if line.endswith(f"train.{name}")]
+            named = ["instruct"] if line.startswith("## LoraConfig") else named
+            recipes = {name: recipe_options(name) for name in (RECIPES if "every recipe" in line else named)}
+        there = re.findall(r"`([a-z]\w*)`", re.sub(r"(the )?column .*| of .*", "", [*line.split("|"), "", ""][1]))
+        for name, options in recipes.items():
+            fields = {field.name for field in given_fields(options)}
+            answers = {each: meant_by(each, fields, lambda *_: "") for each in there if each not in fields}
+            silent += [(name, each) for each, answer in answers.items() if not answer or "did you mean" in answer]
+    assert len(recipes) == 0  # the last sections have no tables of arguments
+    assert silent == [], silent
+
+
+def test_names_of_nanogpts_config_have_an_answer():
+    """Of its train.py in train.pretrain, and of its sample.py in llmq generate, beside those that are ours too."""
+    training = "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint wandb_log wandb_project"
+    training += " wandb_run_name dataset gradient_accumulation_steps block_size n_layer n_head n_embd bias max_iters"
+    training += " beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend compile"
+    for names, options in ((training, recipe_options("pretrain")), ("start num_samples", generate.Options)):
+        fields = {field.name for field in given_fields(options)}
+        answers = {name: meant_by(name, fields, lambda field, *_: field) for name in names.split()}
+        assert [name for name, answer in answers.items() if not answer or "did you mean" in answer] == []
 
 
 NO_PATHS = {  # options that take a text, but none that is a path

@@ -260,6 +260,10 @@ LINE = refuse.__code__.co_firstlineno + 1
         (failing, f"the reward 'mine' failed with ValueError: no such thing (test_rewards.py, line {LINE})"),
         (leaving, "the reward 'mine' failed with SystemExit: 3 (test_rewards.py, line "),
         (
+            lambda prompts, completions, **_: [len(completion[0]["content"]) for completion in completions],
+            "); prompts and completions are texts here, not messages",
+        ),
+        (
             numeric_answer,
             "the reward 'mine' needs 'answer', which it is not given: there are prompts, completions and, beside the "
             "prompt, the records' fields (question); rename the field that is meant, or the argument of a function",

@@ -1,5 +1,8 @@
 """nanoGPT's checkpoints: the logits of its model, with and without biases; sizes from the file; which tokenizer."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +131,25 @@ def test_logits(tmp_path, bias, compiled):
     assert lm.tokenizer is None and lm.generation == GenerationConfig()
     np.testing.assert_allclose(lm.logits(TOKENS), logits(model), atol=1e-4)
     assert has_config(path)
+
+
+def test_the_documented_tokenizer_of_a_character_level_model(tmp_path, monkeypatch):
+    """The ids of nanoGPT's prepare.py, and its texts again."""
+    characters = sorted(set("\n !abcdefgABCXYZ"))
+    encoding = {character: number for number, character in enumerate(characters)}
+    checkpoint(tmp_path, sizes={"vocab_size": len(characters)})
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": encoding}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    page = (Path(__file__).parents[2] / "docs" / "gpt2.md").read_text()
+    block = page.partition("<!-- executed by tests/interop/test_nanogpt.py -->\n```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    lm = load(tmp_path)
+    text = "A bad cab!\n\n  Xg e"
+    ids = lm.tokenizer.encode(text)
+    assert list(ids) == [encoding[character] for character in text]
+    assert lm.tokenizer.decode(ids) == text
+    assert "cannot encode" in refused(lm.tokenizer.encode, "z?")
 
 
 def test_the_folder_stands_for_the_file(tmp_path):
