@@ -190,6 +190,8 @@ def test_a_step_asks_the_same_whatever_was_asked_before():
         fresh = PromptBatches(5, 3, seed=1)[step]
         assert fresh["step"] == step == last[step]["step"]
         np.testing.assert_array_equal(fresh["prompts"], last[step]["prompts"])
+    found = [PromptBatches(5, 3, seed=1)[step]["prompts"].tolist() for step in range(4)]
+    assert found == [[2, 0, 1], [4, 3, 0], [2, 1, 3], [4, 3, 2]]  # in every version, or a resumed run would ask others
     other = PromptBatches(5, 3, seed=2)
     assert any((other[step]["prompts"] != last[step]["prompts"]).any() for step in range(12))
 
