@@ -551,6 +551,10 @@ def test_an_end_token_that_the_reward_model_takes_for_padding_ends_the_last_step
     scores = ModelReward(padded, process=True, separator="none")(rollout)
     np.testing.assert_array_equal(scores.step_ends, [[0, 0, 1], [0, 0, 1]])
     np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
+    # What follows an end token may lie beyond the reward model's context.
+    short = reward_lm.replace(config=dataclasses.replace(reward_lm.config, max_position_embeddings=4))
+    scores = ModelReward(short, process=True, separator="none", ending=[256, 10])(rollout)
+    np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
     of_one_token = dataclasses.replace(rollout, prompt_lengths=np.array([3, 3], np.int32))  # of which something is read
     assert ModelReward(padded).rows(of_one_token)[1].tolist() == [4, 4]
 
