@@ -353,6 +353,7 @@ def test_groups_without_spread_are_replaced(lm):
     equal, state = make_loop(lm, text_rewards(lambda completions, **_: [2.0] * len(completions)), dynamic_sampling=True)
     rollout, scores, asked = equal.answered(state, batch)
     assert not equal.teaches(scores).any() and len(rollout) == 3 * GROUP and asked.silent == 1
+    assert len({prompt.columns["best"] for prompt in rollout.prompts}) == 3  # not one of them three times
 
 
 def test_rounds_of_sampling(lm):
