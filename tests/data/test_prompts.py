@@ -87,6 +87,15 @@ def test_a_folder_of_files_with_the_same_fields(tmp_path):
         read_prompts(tmp_path, PLAIN)
 
 
+def test_the_fields_of_most_rows_count(read):
+    """Also where the first has others."""
+    left_out = []
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "1"}, {"prompt": "c", "answer": "2"}]
+    assert [prompt.text for prompt in read(rows, left_out=left_out)[0]] == ["b", "c"]
+    (error,) = left_out
+    assert "line 1 has the fields none beside the prompt" in str(error)
+
+
 def test_the_chat_template_asks_for_an_answer(read, chat):
     """Of messages, and of strings where the model has a template; `plain` leaves strings as they are."""
     messages = [{"role": "system", "content": "Be brief."}, user("Hi")]

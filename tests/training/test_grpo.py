@@ -383,6 +383,7 @@ def test_rounds_of_sampling(lm):
     assert list(seeds[0]) == step_seeds(3, 2, 4 * GROUP)
     assert [prompt.columns["best"] for prompt in rollout.prompts] == [5, 7, *asked[2][:2]]
     assert loop.teaches(scores).all() and rollout.tokens.shape == (4 * GROUP, 11)
+    assert rollout.tokens[:, :9].all() and not rollout.tokens[: 2 * GROUP, 9:].any()  # padded on the right
     assert cost.tokens == 12 * GROUP * (1 + NEW) and cost.silent == 0.5
     # In an order of their own, not that in which the first epoch asks.
     assert loop.other_prompts(0, 0, 12, set()) != PromptBatches(12, 12, loop.seed)[0]["prompts"].tolist()
