@@ -249,7 +249,7 @@ class Request:
             new_tokens=self._slots,  # more than enough, and no second length to compile for
             end_tokens=self.end_tokens,
             pad=self.pad,
-            lookahead=0 if self.draft is None else self.draft.count + 1,
+            lookahead=0 if self.draft is None else self.draft.count,
             samples=self.samples,
             layers=layers,
             seen=self._seen,

@@ -65,7 +65,7 @@ class ModelDraft:
     def start(
         self, read_from: ReadFrom, output: Output, prompts: Array, lengths: Array, newest: Array, length: int
     ) -> State:
-        _, caches = read_prompts(self.model, *read_from, prompts, lengths, length, self.count + 1)
+        _, caches = read_prompts(self.model, *read_from, prompts, lengths, length, self.count)
         before = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
         return self.State(caches, jnp.stack([before, newest], axis=1))
 
@@ -318,6 +318,6 @@ def _append(
         logprobs=state.logprobs.at[rows, slots].set(logprobs, mode="drop"),
         lengths=state.lengths + gained,
         positions=state.positions + gained,
-        newest=jnp.where(gained > 0, newest, state.newest),
+        newest=newest,  # of a row that gained none, and is done, any
         seen=seen,
     )

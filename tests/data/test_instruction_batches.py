@@ -166,6 +166,17 @@ def test_a_conversation_that_loses_its_answer_is_left_out():
         tokenized(conversations("b", prompt_length=30), context=6)
 
 
+def test_an_end_alone_is_nothing_to_learn():
+    """Nothing stands before it: the tokenizer knows none of the characters."""
+
+    class Silent(ByteTokenizer):
+        def encode_with_offsets(self, text, **options):
+            return [], np.zeros((0, 2), int)
+
+    with pytest.raises(BadInput, match="of 1 conversation none has anything to learn"):
+        tokenize_conversations(conversations("a"), Silent(), template="plain", context=6)
+
+
 def test_bad_arguments():
     for options, message in (
         ({"too_long": "cut"}, "too_long must be"),
@@ -296,6 +307,8 @@ def test_batches_are_functions_of_the_step(packing):
     assert orders[0] != later, "and each epoch has an order of its own"
     first, second = ({frozenset(row[0] for row in tokens) for tokens in epoch} for epoch in (orders[0], later))
     assert first != second, "in which other rows meet"
+    found = make(3)[5]["tokens"][:, 0].tolist()
+    assert found == [129, *((126, 139, 122) if packing else (113, 132, 114))], "as a run that is resumed later needs"
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -39,9 +39,9 @@ def test_a_folder_of_files(tmp_path):
 def test_labels_of_digits_have_one_order(tmp_path):
     """ "7" and "07" are two labels of one number, and Python reads none of 5,000 digits."""
     (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": "x", "label": each}) + "\n" for each in ("7", "07", 3))
+        "".join(json.dumps({"text": "x", "label": each}) + "\n" for each in ("7", "07", 3, "0007", -1, "007", -2))
     )
-    assert read_labelled(tmp_path / "a.jsonl").names == ("3", "07", "7")
+    assert read_labelled(tmp_path / "a.jsonl").names == ("-2", "-1", "3", "0007", "007", "07", "7")
     (tmp_path / "b.csv").write_text(f"text,label\nx,9\ny,{'1' * 5000}\n")
     assert read_labelled(tmp_path / "b.csv").names == ("1" * 5000, "9")
 

@@ -266,6 +266,16 @@ def test_what_nothing_is_left_of_is_dropped(read):
     with pytest.raises(BadInput, match="of 1 pair none differs in its responses within the context of 7 tokens"):
         tokenize_preferences(read(STRINGS), tokenizer, template="plain", context=7)
 
+    class Ascii(ByteTokenizer):
+        """It knows no other characters: what is left of such a side is the end, before which nothing stands."""
+
+        def encode_with_offsets(self, text, **options):
+            ids, offsets = map(np.asarray, super().encode_with_offsets(text, **options))
+            return ids[ids < 128].tolist(), offsets[ids < 128]
+
+    pairs = read({"prompt": "é", "chosen": "a", "rejected": "è"}, STRINGS)
+    assert tokenize_preferences(pairs, Ascii(), template="plain", context=50).dropped == 1
+
 
 @pytest.mark.parametrize(("arguments", "message"), [({"context": 1}, "at least 2"), ({"too_long": "cut"}, "too_long")])
 def test_arguments(read, arguments, message):

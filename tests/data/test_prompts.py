@@ -87,6 +87,15 @@ def test_a_folder_of_files_with_the_same_fields(tmp_path):
         read_prompts(tmp_path, PLAIN)
 
 
+def test_the_fields_of_most_rows_count(read):
+    """Also where the first has others."""
+    left_out = []
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "1"}, {"prompt": "c", "answer": "2"}]
+    assert [prompt.text for prompt in read(rows, left_out=left_out)[0]] == ["b", "c"]
+    (error,) = left_out
+    assert "line 1 has the fields none beside the prompt" in str(error)
+
+
 def test_the_chat_template_asks_for_an_answer(read, chat):
     """Of messages, and of strings where the model has a template; `plain` leaves strings as they are."""
     messages = [{"role": "system", "content": "Be brief."}, user("Hi")]
@@ -190,6 +199,8 @@ def test_a_step_asks_the_same_whatever_was_asked_before():
         fresh = PromptBatches(5, 3, seed=1)[step]
         assert fresh["step"] == step == last[step]["step"]
         np.testing.assert_array_equal(fresh["prompts"], last[step]["prompts"])
+    found = [PromptBatches(5, 3, seed=1)[step]["prompts"].tolist() for step in range(4)]
+    assert found == [[2, 0, 1], [4, 3, 0], [2, 1, 3], [4, 3, 2]]  # in every version, or a resumed run would ask others
     other = PromptBatches(5, 3, seed=2)
     assert any((other[step]["prompts"] != last[step]["prompts"]).any() for step in range(12))
 

@@ -442,7 +442,7 @@ def test_similar_lengths_share_one_compiled_program(lm):
 
 def test_a_conversation_of_five_turns_compiles_the_loop_at_most_twice():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = lq.Llama3Config(vocab_size=64, max_position_embeddings=2048, num_key_value_heads=1, head_dim=8, **sizes)
+    config = lq.Llama3Config(vocab_size=64, max_position_embeddings=2000, num_key_value_heads=1, head_dim=8, **sizes)
     lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
     loops, prompts = advance._cache_size(), prefill._cache_size()
     for length in (40, 110, 180, 250, 320):
@@ -451,6 +451,9 @@ def test_a_conversation_of_five_turns_compiles_the_loop_at_most_twice():
     assert prefill._cache_size() - prompts <= 5
     lq.generate(lm, [[1] * 200], max_new_tokens=300)  # a length of its own, but no other cache
     assert advance._cache_size() - loops <= 2
+    # Long prompts are padded to a multiple of 512, and none beyond the context.
+    widths = [Request.create(lm, [[1] * length], 64, None, (), 0).prompts.shape[1] for length in (320, 1100, 1900)]
+    assert widths == [512, 1536, 2000]
 
 
 def test_the_context_may_be_filled_and_not_exceeded(lm):

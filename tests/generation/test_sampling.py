@@ -108,6 +108,8 @@ def test_tokens_are_drawn_by_their_mass():
 
 def test_a_share_that_rounding_keeps_from_being_reached_is_of_the_last_with_mass():
     assert _where_reached(jnp.asarray([[1.0, 2.0, 0.0]]), jnp.ones((1, 1))) == 1
+    # Numbers from 0 up to below 1: half of them are below a half.
+    assert _where_reached(jnp.asarray([[1.0, 1.0]]), jnp.full((1, 1), 0.5)) == 1
 
 
 def test_a_sum_that_rounding_lets_grow_where_there_is_no_mass_draws_nothing_there():
@@ -138,10 +140,12 @@ def test_greedy_takes_the_first_of_the_largest():
 
 
 def test_a_temperature_near_0_is_as_good_as_greedy():
-    """The least that is taken, and the next that is refused below."""
-    logits = jnp.asarray([[1e4, -1e4, 9999.0]])
-    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 1), Sampler(LEAST_TEMPERATURE, top_p=0.9))
-    assert tokens.tolist() == [0] and logprobs.tolist() == [0.0]
+    """The least that is taken, and the next that is refused below; each row by its own largest logit."""
+    logits = jnp.asarray([[1e4, -1e4, 9999.0], [-2.0, -1.0, -3.0]])
+    for top_p in (0.9, 1.0):
+        sampler = Sampler(LEAST_TEMPERATURE, top_p=top_p)
+        tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 2), sampler)
+        assert tokens.tolist() == [0, 1] and logprobs.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +159,8 @@ def test_a_temperature_near_0_is_as_good_as_greedy():
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive; 1 changes nothing"),
         ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be positive"),
         ({"temperature": 0.0, "top_k": 5}, "no effect at temperature 0"),
+        ({"temperature": 0.0, "top_p": 0.9}, "no effect at temperature 0"),
+        ({"temperature": 0.0, "min_p": 0.1}, "no effect at temperature 0"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

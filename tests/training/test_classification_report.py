@@ -127,6 +127,7 @@ def test_predictions_for_people_and_for_programs():
     said = prediction(("text", "b"), np.array([0.0, np.log(3)], np.float32))
     assert said["label"] == "b" and said["probabilities"] == pytest.approx({"text": 0.25, "b": 0.75})
     assert prediction_line("x\ny", said) == "b 0.7500  text 0.2500  x y"
+    assert len(prediction_line("x" * 99, said).removeprefix("b 0.7500  text 0.2500  ")) == 80
     # A scalar head, whatever its label is called.
     said = prediction(("text",), np.array([1.5], np.float32))
     assert said == {"scores": {"text": 1.5}} and prediction_line("x", said) == "text 1.5000  x"

@@ -353,6 +353,7 @@ def test_groups_without_spread_are_replaced(lm):
     equal, state = make_loop(lm, text_rewards(lambda completions, **_: [2.0] * len(completions)), dynamic_sampling=True)
     rollout, scores, asked = equal.answered(state, batch)
     assert not equal.teaches(scores).any() and len(rollout) == 3 * GROUP and asked.silent == 1
+    assert len({prompt.columns["best"] for prompt in rollout.prompts}) == 3  # not one of them three times
 
 
 def test_rounds_of_sampling(lm):
@@ -382,6 +383,7 @@ def test_rounds_of_sampling(lm):
     assert list(seeds[0]) == step_seeds(3, 2, 4 * GROUP)
     assert [prompt.columns["best"] for prompt in rollout.prompts] == [5, 7, *asked[2][:2]]
     assert loop.teaches(scores).all() and rollout.tokens.shape == (4 * GROUP, 11)
+    assert rollout.tokens[:, :9].all() and not rollout.tokens[: 2 * GROUP, 9:].any()  # padded on the right
     assert cost.tokens == 12 * GROUP * (1 + NEW) and cost.silent == 0.5
     # In an order of their own, not that in which the first epoch asks.
     assert loop.other_prompts(0, 0, 12, set()) != PromptBatches(12, 12, loop.seed)[0]["prompts"].tolist()
@@ -550,6 +552,10 @@ def test_an_end_token_that_the_reward_model_takes_for_padding_ends_the_last_step
     padded = reward_lm.replace(generation=lq.GenerationConfig(pad_token_id=256))
     scores = ModelReward(padded, process=True, separator="none")(rollout)
     np.testing.assert_array_equal(scores.step_ends, [[0, 0, 1], [0, 0, 1]])
+    np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
+    # What follows an end token may lie beyond the reward model's context.
+    short = reward_lm.replace(config=dataclasses.replace(reward_lm.config, max_position_embeddings=4))
+    scores = ModelReward(short, process=True, separator="none", ending=[256, 10])(rollout)
     np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
     of_one_token = dataclasses.replace(rollout, prompt_lengths=np.array([3, 3], np.int32))  # of which something is read
     assert ModelReward(padded).rows(of_one_token)[1].tolist() == [4, 4]

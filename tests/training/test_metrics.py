@@ -32,6 +32,8 @@ def test_records_come_back_exactly_and_each_is_on_file_at_once(tmp_path):
         "loss": np.float32(0.1),
         "accuracy": jnp.float32(1 / 3),
         "count": np.int64(7),
+        "of_one": np.full(1, 0.5, np.float32),
+        "several": np.arange(2),
         "bad": float("nan"),
     }
     file.write({**record, "worse": np.float32(np.inf), "none": None})
@@ -41,6 +43,8 @@ def test_records_come_back_exactly_and_each_is_on_file_at_once(tmp_path):
             "loss": float(np.float32(0.1)),
             "accuracy": float(np.float32(1 / 3)),
             "count": 7,
+            "of_one": 0.5,
+            "several": [0, 1],
             "bad": None,
             "worse": None,
             "none": None,

@@ -77,6 +77,7 @@ def test_the_fall_of_wsd_is_as_long_as_asked_for():
         ({"peak": 1e-3, "steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit a run of 10"),
         ({"peak": 1e-3, "steps": 10, "warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
         ({"peak": 1e-3, "steps": 10, "minimum": 1e-2}, "minimum learning rate 0.01 must lie between 0 and the peak"),
+        ({"peak": 1e-3, "steps": 10, "initial": -1e-5}, "initial learning rate -1e-05 must lie between 0 and the peak"),
     ],
 )
 def test_impossible_schedules_are_refused(options, message):
