@@ -42,7 +42,7 @@ def found_base(source: str) -> Base:
         return unnamed(f"it began with {name}, whose adapters have none that is known")
     if is_lost_path(name):
         return unnamed(f"it began with {name}, which is not there")
-    return Base(name, f"base: {name}, with which it began, as a name on the hub; --base names another", True)
+    return of_hub(name, f"base: {name}, with which it began, as a name on the hub; --base names another")
 
 
 def unnamed(why: str) -> Base:
@@ -54,11 +54,21 @@ def of_path(path: Path) -> Base:
 
     if path.is_dir() and is_hf(path) and (path / CONFIG).is_file():
         return Base(str(path), f"base: {path}, on this computer; --base names it for others, as by its hub id", True)
+    return for_here_alone(str(path))
+
+
+def of_hub(name: str, said: str) -> Base:
+    from llmq_jax.interop.huggingface import is_hub_file
+
+    return for_here_alone(name) if is_hub_file(name) else Base(name, said, True)
+
+
+def for_here_alone(name: str) -> Base:
     said = (
-        f"base: {path}, which loads here alone; PEFT and others want a Hugging Face folder: write one "
-        f"(python -m convert.to_hf {shlex.quote(str(path))} FOLDER) and name that with --base"
+        f"base: {name}, which loads here alone; PEFT and others want a Hugging Face folder: write one "
+        f"(python -m convert.to_hf {shlex.quote(name)} FOLDER) and name that with --base"
     )
-    return Base(str(path), said, False)
+    return Base(name, said, False)
 
 
 def given_base(name: str) -> Base:
@@ -68,8 +78,8 @@ def given_base(name: str) -> Base:
         return Base(
             name, f"base: {name}, which loads here alone, without its own adapters; name what it began with", False
         )
-    own = of_path(path) if path.exists() else None
-    return Base(name, f"base: {name}", True) if own is None or own.for_peft else own._replace(name=name)
+    own = of_path(path) if path.exists() else of_hub(name, f"base: {name}")
+    return Base(name, f"base: {name}", True) if own.for_peft else own._replace(name=name)
 
 
 def began_with(path: Path) -> str | None:
@@ -104,7 +114,8 @@ def run_options(path: Path) -> dict[str, Any]:
 
 def is_lost_path(name: str) -> bool:
     """Whether a name that is not on this disk can only be a path, not a hub id."""
-    from llmq_jax.interop.huggingface import is_hub_id
+    from llmq_jax.interop.huggingface import is_hub_file, is_hub_id
 
-    parent = Path(name).parent
-    return not is_hub_id(name.partition("@")[0]) or name.endswith(PATH_ENDINGS) or ("/" in name and parent.is_dir())
+    if "/" in name and Path(name).parent.is_dir():
+        return True
+    return not is_hub_file(name) and (not is_hub_id(name.partition("@")[0]) or name.endswith(PATH_ENDINGS))

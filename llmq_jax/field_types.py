@@ -44,7 +44,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def type_name(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return " | ".join("None" if option is type(None) else type_name(option) for option in typing.get_args(hint))
-    return getattr(hint, "__name__", None) or str(hint)
+    return str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
 
 
 def create(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -46,7 +46,8 @@ def load(
     """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, nanoGPT's `ckpt.pt`, OpenAI's GPT-2, or a
     run of ours.
 
-    A hub id may name a revision, a commit or a tag, to get the same files for ever: "org/name@revision".
+    A hub id may name a revision, a commit or a tag, to get the same files for ever: "org/name@revision". A GGUF file
+    on the hub is named by "org/name/file.gguf".
 
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
     the weights in a folder or file: "hf", for GPT-2 also "book", "original" and "nanogpt". `config` takes the place of

@@ -6,6 +6,7 @@ anywhere, on any number of processes. Shuffling is grain's seeded permutation wi
 Shapes: N tokens in the stream, B rows of a batch, T = context.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,7 @@ def training_batches(
         `positions`, and masks out the first token of a document as target of the document before it.
     Raises BadInput when the text is shorter than one window (context + 1 tokens).
     """
+    tokens = as_stream(tokens)
     _check_sizes(context, batch_size, end_of_text, separate_documents)
     if len(tokens) < context + 1:
         raise BadInput(
@@ -90,7 +92,7 @@ def training_batches(
     if windows >= 2**32:
         raise BadInput(f"{windows} windows are more than grain can shuffle (2**32): use a longer context")
     return TrainingBatches(
-        tokens=np.asanyarray(tokens),
+        tokens=tokens,
         context=context,
         seed=seed,
         end_of_text=end_of_text if separate_documents else None,
@@ -147,18 +149,29 @@ def evaluation_batches(
     equal. Other arguments as for `training_batches`; with separate documents their first tokens do not count. Raises
     BadInput for fewer than 2 tokens, which hold no target.
     """
+    tokens = as_stream(tokens)
     _check_sizes(context, batch_size, end_of_text, separate_documents)
     if len(tokens) < 2:
         raise BadInput(
             f"the evaluation text has {counted(len(tokens), 'token')} and needs at least 2: use a longer text"
         )
     return EvaluationBatches(
-        tokens=np.asanyarray(tokens),
+        tokens=tokens,
         context=context,
         end_of_text=end_of_text if separate_documents else None,
         batch_size=batch_size,
         rows=rows_of(process_index, process_count, batch_size),
     )
+
+
+def as_stream(tokens: Any) -> np.ndarray:
+    """Tokens as one array. BadInput: a text, several documents, or anything else that is no ids in a row."""
+    with contextlib.suppress(ValueError):  # of documents that have different lengths
+        stream: np.ndarray = np.asanyarray(tokens)
+        if stream.ndim == 1 and (np.issubdtype(stream.dtype, np.integer) or not len(stream)):
+            return stream
+    shown = " ".join(repr(tokens).split())
+    raise BadInput(f"tokens={shown:.40} must be ids in one list or array, as encode_documents gives them")
 
 
 def check_vocabulary(

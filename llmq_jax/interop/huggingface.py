@@ -64,7 +64,7 @@ DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
 # Patterns match across slashes, and subfolders hold other formats of the same weights.
 NOT_DOWNLOADED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin")
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
-GGUF_NAME = r"([\w.-]+/[\w.-]+)/((?!.*\.\.)[\w./-]+\.gguf)"
+GGUF_NAME = r"(?!\.|.*\.\.)([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)"
 """A GGUF file on the hub: "org/name/file.gguf"."""
 
 
@@ -211,6 +211,11 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any =
 def is_hub_id(name: str) -> bool:
     """Whether a name, without a revision, can be a hub id ("org/name") and is not a path that exists."""
     return re.fullmatch(HUB_NAME, name) is not None and not Path(name).exists()
+
+
+def is_hub_file(name: str) -> bool:
+    """Whether a name, perhaps with a revision, can be that of a GGUF file on the hub ("org/name/file.gguf")."""
+    return re.fullmatch(GGUF_NAME, name.partition("@")[0]) is not None
 
 
 def _download(name: str, tokenizer: bool, config: Any) -> Path:

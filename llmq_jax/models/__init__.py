@@ -164,8 +164,11 @@ def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str
         except ValueError:
             fields[name] = text
         if not has_type(fields[name], hints[name]):
-            as_list = f"; a list is written '{name}={json.dumps([fields[name]])}'" if has_type([], hints[name]) else ""
-            raise BadInput(f"{assignment} is not of the type {type_name(hints[name])}{as_list}")
+            advice = ""
+            if isinstance(fields[name], str) and has_type([], hints[name]):
+                items = [item.strip(" \"'") for item in text.strip("[]").split(",")]
+                advice = f"; a list is written '{name}={json.dumps(items)}'"
+            raise BadInput(f"{assignment} is not of the type {type_name(hints[name])}{advice}")
         fields[name] = as_type(fields[name], hints[name])
     return fields
 

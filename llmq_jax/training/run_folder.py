@@ -25,7 +25,7 @@ from typing import Any
 from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.json_text import parse_json
-from llmq_jax.training.checkpoints import CHECKPOINTS
+from llmq_jax.training.checkpoints import CHECKPOINTS, find_checkpoint
 from llmq_jax.training.metrics import METRICS, SAMPLES
 from llmq_jax.training.processes import first, same, share, together
 from llmq_jax.training.trackers import WANDB_ID
@@ -232,9 +232,10 @@ def config_of_run(folder: Path) -> dict[str, Any] | None:
         return None
     saved = read_run_config(folder / CONFIG)
     if saved is None and names >= {CONFIG, METRICS}:
+        weights = f"go on from its weights in a new folder: --init-from {folder}"
+        instead = weights if find_checkpoint(folder) else "name a new folder"
         raise BadInput(
-            f"{folder / CONFIG} is damaged, so that the run there does not resume; put it back, or go on from its "
-            f"weights in a new folder: --init-from {folder}"
+            f"{folder / CONFIG} is damaged, so that the run there does not resume; put it back, or {instead}"
         )
     if saved is None:
         raise BadInput(f"{folder} is not empty and not the folder of a run; name a new or empty folder")

@@ -148,13 +148,27 @@ def test_the_base_is_what_the_run_began_with(here, folder, tmp_path, capsys):
         ("org/base", "v1"),
         "base: org/base@v1, with which it began, as a name on the hub; --base names another",
     )
-    for lost in ("models/gone", "/models/gone", "gone.gguf", "../gone"):
+    for lost in (
+        "models/gone",
+        "/models/gone",
+        "gone.gguf",
+        "models/gone.gguf",
+        "models/base/gone.gguf",
+        "../gone",
+        "../a/b.gguf",
+    ):
         run = beginning_with(lost, tmp_path / lost.replace("/", "."))
         assert named_base(capsys, run, out) == (
             (None, None),
             f"base: none is named in adapter_config.json, as it began with {lost}, which is not there; name it with "
             "--base",
         )
+    gguf = beginning_with("org/base-GGUF/all/m.gguf@v1", tmp_path / "gguf")
+    assert named_base(capsys, gguf, out) == (
+        ("org/base-GGUF/all/m.gguf@v1", None),
+        "base: org/base-GGUF/all/m.gguf@v1, which loads here alone; PEFT and others want a Hugging Face folder: write "
+        "one (python -m convert.to_hf org/base-GGUF/all/m.gguf@v1 FOLDER) and name that with --base",
+    )
     # A run that went on with adapters has their base, also if that run was exported.
     on = beginning_with("run", tmp_path / "on")
     further = beginning_with(on, tmp_path / "further")
@@ -179,6 +193,8 @@ def test_the_base_that_is_given_stays_as_it_is(here, tmp_path, capsys):
     for name in ("models/base", "org/base"):
         assert named_base(capsys, "run", out, "--base", name) == ((name, None), f"base: {name}")
     assert named_base(capsys, "run", out, "--base", "org/base@v1")[0] == ("org/base", "v1")
+    name, said = named_base(capsys, "run", out, "--base", "org/base-GGUF/m.gguf")
+    assert name == ("org/base-GGUF/m.gguf", None) and "which loads here alone; PEFT and others want a" in said
     name, said = named_base(capsys, "run", out, "--base", "run")
     assert name == ("run", None) and "which loads here alone, without its own adapters" in said
     np.testing.assert_allclose(lq.load(out).logits(TOKENS), lq.load("run").logits(TOKENS), atol=1e-5)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmq_jax.data import check_vocabulary, evaluation_batches, training_batches
+from llmq_jax.data.windows import as_stream
 from llmq_jax.errors import BadInput
 
 
@@ -163,6 +164,19 @@ def test_bad_windows():
             make(stream(20), context=2, batch_size=6, separate_documents=True)
         with pytest.raises(IndexError):
             make(stream(20), context=2, batch_size=6)[-1]
+        with pytest.raises(BadInput, match=r"^the .* text has 0 tokens"):
+            make([], context=2, batch_size=6)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["some text", [[1, 2], [3, 4]], [[1, 2], [3]], np.zeros((2, 9), np.uint16), [0.5, 1.5], ["a", "b"], 5]
+)
+def test_what_is_no_stream_of_tokens(wrong):
+    """By itself: the annotations of both functions are checked in these tests."""
+    with pytest.raises(BadInput) as error:
+        as_stream(wrong)
+    message = str(error.value)
+    assert message.endswith(" must be ids in one list or array, as encode_documents gives them") and "\n" not in message
 
 
 def test_check_vocabulary():

@@ -157,6 +157,15 @@ def test_a_model_of_ones_own_has_no_place_in_transformers(shown, tmp_path):
         lq.save_hf(lm, tmp_path / "exported")
 
 
+def test_a_model_with_the_weights_of_a_published_one_is_exported_as_that(shown, tmp_path):
+    """Whose fields it has besides those of its own."""
+    config = shown["CappedConfig"](**SIZES, logit_cap=1e6)
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
+    exported = lq.load(lq.save_hf(shown["as_gpt2"](lm), tmp_path / "exported"))
+    assert exported.config == lq.GPT2Config(**SIZES)
+    np.testing.assert_allclose(exported.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]), atol=1e-5)
+
+
 def test_a_model_that_is_not_registered_is_told(shown):
     class Unknown(shown["CappedConfig"]):
         model_type = "unknown"

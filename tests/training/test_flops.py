@@ -126,6 +126,8 @@ def test_peaks_are_found_by_the_name_of_a_device():
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
     ):
         assert peak_of(kind).flops == peak
     assert peak_of("NVIDIA A100-SXM4-40GB").bandwidth < peak_of("NVIDIA A100-SXM4-80GB").bandwidth

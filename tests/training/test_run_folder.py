@@ -13,6 +13,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import run_folder
+from llmq_jax.training.checkpoints import INFO, Checkpoints
 from llmq_jax.training.run_folder import RunFolder, differences, read_run_config, run_below, what_differs
 
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
@@ -185,6 +186,11 @@ def test_a_run_whose_config_is_damaged_is_called_one(tmp_path):
     begun(tmp_path / "run", CONFIG)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     (tmp_path / "run" / "config.json").write_text('{"')
+    with pytest.raises(BadInput, match=r"config.json is damaged, .* resume; put it back, or name a new folder$"):
+        RunFolder(tmp_path / "run", CONFIG)
+    checkpoint = Checkpoints(tmp_path / "run" / "checkpoints").path(3)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / INFO).write_text("{}")
     with pytest.raises(BadInput, match=r"config.json is damaged, so that .*: --init-from .*run$"):
         RunFolder(tmp_path / "run", CONFIG)
 
