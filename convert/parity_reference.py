@@ -195,11 +195,12 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def load(folder: Path, dtype: str = "float32") -> Any:
-    """transformers' model of a folder, ready to be compared with: eager attention, evaluation mode."""
+    """transformers' model of a folder, ready to be compared with: eager attention, no kernels of the hub, which 5.25
+    uses by default, evaluation mode."""
     transformers = import_transformers()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            folder, dtype=dtype, attn_implementation="eager", use_kernels=False, output_loading_info=True
         )
     except Exception as error:  # its exceptions are of many types
         raise BadInput(f"{folder}: transformers cannot load it ({first_line(error)})") from error

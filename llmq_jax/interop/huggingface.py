@@ -31,7 +31,7 @@ from llmq_jax.interop.architectures import (
     resolve_config,
     weight_table,
 )
-from llmq_jax.interop.float8 import block_size, dequantised
+from llmq_jax.interop.float8 import QUANTIZATION, SCALE, block_size, dequantised
 from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig, warn_of_ignored
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
@@ -100,6 +100,10 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
         block = block_size(values)
         if block is not None:
             state = dequantised(state, block)
+        elif QUANTIZATION not in values and (scale := next((name for name in state if name.endswith(SCALE)), None)):
+            raise BadInput(
+                f"holds weights in float8 ({scale}), and its {CONFIG} has no {QUANTIZATION}: get {CONFIG} again"
+            )
 
         def stored() -> Any:
             with at_place(folder / CONFIG):

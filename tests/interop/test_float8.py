@@ -156,6 +156,16 @@ def test_scales_that_do_not_fit_are_refused(float8, tmp_path):
     )
 
 
+def test_scales_without_the_config_that_speaks_of_them_are_refused(float8, tmp_path):
+    folder = write(tmp_path / "lost", float8[0])
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused(lq.load, folder)
+    assert message.startswith(f"{folder}: holds weights in float8 (model.layers.0.")
+    assert message.endswith("_scale_inv), and its config.json has no quantization_config: get config.json again")
+
+
 @pytest.mark.parametrize("size", [None, 128, [128], [128, 128, 128], [128, 0], [128, 128.0], [True, 128], "128x128"])
 def test_sizes_of_blocks_that_are_none(float8, tmp_path, size):
     folder = write(tmp_path / "bad", float8[0], weight_block_size=size)
