@@ -283,8 +283,8 @@ def _check_layout(fitting: Mapping[str, int], count: int, layout: str) -> None:
 
 def _advice_on_layout(fitting: Mapping[str, int], state: Mapping[str, Any], config: Any, layout: str) -> str | None:
     """The layout whose names are the same, and whose shapes are those of the weights."""
-    for other in fitting.keys() - {layout}:
-        if fitting[other] == fitting[layout]:
+    for other in fitting:  # in their order, so that the same one is named each time
+        if other != layout and fitting[other] == fitting[layout]:
             with contextlib.suppress(BadInput):
                 weight_table(config.model_type, other).spelling(state).from_state_dict(state, config)
                 return f"the shapes are those of layout={other!r}; pass that (--layout {other})"
