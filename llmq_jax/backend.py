@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,10 +57,21 @@ def keep_programs() -> None:
     if settings.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = home / "llmq_jax" / "programs" / _processor_kind()
+        if not _is_writable(folder):  # JAX would warn in the middle of what a command writes
+            other = "JAX_COMPILATION_CACHE_DIR=FOLDER chooses another"
+            warnings.warn(f"compiled programs are not kept: no file can be made in {folder}; {other}", stacklevel=2)
+            return
         _remove_torn(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", KEPT_PROGRAMS_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_KEPT_SECONDS)
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which is made if it is missing."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _remove_torn(folder: Path) -> None:

@@ -180,7 +180,7 @@ class LanguageModel:
         self,
         messages: Sequence[Any],
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
         stop: Sequence[Any] | SupportsIndex | str | None = None,
         seed: int = 0,
@@ -191,11 +191,20 @@ class LanguageModel:
         what these gave back, as data/messages.py has them. A call in the reply is text, as the template spells it.
 
         tools: those that the model may call, each an object that describes one by JSON Schema. The other arguments are
-        those of `generate`. BadInput: an unknown role, the model has no chat template, the template refuses the
-        messages, leaves one out or has no place for the tools, the last message is the assistant's, or they and the new
-        tokens exceed the model's context.
+        those of `generate`; without `max_new_tokens` the reply has up to 256, or what the context has room for.
+        BadInput: an unknown role, the model has no chat template, the template refuses the messages, leaves one out or
+        has no place for the tools, the last message is the assistant's, or they and the new tokens exceed the model's
+        context.
         """
         tokens = self.chat_tokens(messages, tools)
+        if max_new_tokens is None:
+            context = self.config.max_position_embeddings
+            if len(tokens) >= context:
+                raise BadInput(
+                    f"the messages have {counted(len(tokens), 'token')}, which leave no room in the model's context of "
+                    f"{context}; leave out the first of them"
+                )
+            max_new_tokens = min(256, context - len(tokens))
         options: dict[str, Any] = {"sampler": sampler, "stop": stop, "seed": seed, "prompt_cache": prompt_cache}
         reply = generate(self, [tokens], max_new_tokens=max_new_tokens, **options)
         assert reply.text is not None

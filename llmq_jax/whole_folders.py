@@ -1,6 +1,7 @@
 """Folders that are written whole or not at all, and what they may take the place of."""
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -20,6 +21,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     mark = secrets.token_hex(4)  # no process id: in containers these recur, and a killed process leaves its folder
     partial = folder.with_name(f".{folder.name}.partial-{mark}")
     earlier = folder.with_name(f".{folder.name}.earlier-{mark}")
+    refuse_no_permission(folder, folder.parent)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -35,9 +37,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(earlier)
 
 
+def refuse_no_permission(named: Path, folder: Path) -> None:
+    """BadInput, which calls it `named`, for a folder in which this user may make no file, or that they may not make."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{named}: this user may not write in {there}; name another folder, or change its permissions")
+
+
 def check_target(folder: Path, overwrite: bool, needed: str, exported: Collection[str]) -> None:
     """BadInput unless an export may go to a folder: a new or empty one or, with `overwrite`, an earlier export, which
     has a file `needed` and only files that match the patterns `exported`."""
+    refuse_no_permission(folder, folder.absolute().parent)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file; name a folder that does not exist")
     if not folder.exists() or not any(folder.iterdir()):

@@ -1,6 +1,7 @@
 """The device that commands compute on, and the programs that they keep."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -48,3 +49,16 @@ def test_programs_that_a_kill_or_a_full_disk_left_half_written_are_compiled_and_
         path.with_name(path.name.replace("-cache", "-atime")).unlink()
     again = compiled()
     assert again.keys() == whole.keys() and min(again.values()) > 100
+
+
+def test_one_line_tells_that_programs_are_not_kept(tmp_path):
+    """JAX would warn of each program, in the middle of what a command writes."""
+    (tmp_path / "file").touch()
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    ended = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0 and ended.stderr.count("Warning: ") == 1
+    folder = re.escape(str(tmp_path / "file" / "llmq_jax"))
+    assert re.search(
+        rf"compiled programs are not kept: no file can be made in {folder}\S*; JAX_COMPILATION_CACHE_DIR=", ended.stderr
+    )

@@ -9,6 +9,7 @@ from llmq_jax.command_line import run
 from llmq_jax.commands import VERBS
 from tests.documented import PAGES, PROGRAMS, commands
 from tests.documented_disk import write_options
+from train import pretrain
 
 SHOWN = {str(command): command for path in [*PAGES, *PROGRAMS] for command in commands(path) if command.is_ours}
 CASES = [pytest.param(command, id=f"{command.where} {line[:60]}") for line, command in SHOWN.items()]
@@ -23,7 +24,8 @@ def test_it_is_understood(command, capsys, tmp_path, monkeypatch):
     module = importlib.import_module(VERBS[command.words[1]] if verb else command.program)
 
     def main(options):
-        pass
+        if isinstance(options, pretrain.Options) and not options.init_from:
+            pretrain.new_config(options, vocab_size=257)  # its sizes go together
 
     main.__annotations__ = {key: hint for key, hint in get_type_hints(module.main).items() if key != "return"}
     with pytest.raises(SystemExit) as ended:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.backend import use_device
 from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput
-from llmq_jax.options import default_is, option_name
+from llmq_jax.options import default_is, named_as_options, option_name
 from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of
 from train.pretrain import RUNS, default_tokenizer, new_config, require_preset
 
@@ -80,7 +80,8 @@ def main(options: Options) -> int:
         moments=options.moments,
         attention=options.attention or ("blocked" if getattr(config, "sliding_window", None) else "masked"),
     )
-    found, memory = plan(given), round(options.device_memory * 2**30)
+    with named_as_options("attention"):
+        found, memory = plan(given), round(options.device_memory * 2**30)
     print(plan_text(found, memory), flush=True)
     if found.total <= memory:
         return 0

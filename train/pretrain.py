@@ -150,7 +150,6 @@ RUNS = {
         steps=2000,
         batch_size=12,
         learning_rate=1e-3,
-        warmup_steps=100,
         betas=(0.9, 0.99),
         scan_layers=False,
     ),

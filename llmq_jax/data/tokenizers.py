@@ -52,6 +52,9 @@ class Tokenizer(ABC):
     end_of_text: int | None
     """Id of the token that ends a document, None where the tokenizer has none."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, {self.vocab_size:,} ids)"
+
     @abstractmethod
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         """Token ids of one text.

@@ -46,9 +46,10 @@ def generate(
     A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text). None stands
     for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
     nothing. Row r draws from `row_seed(seed, r)`, which is the seed itself in row 0, or from the r-th of a list of
-    seeds. Without a sampler, temperature 0.8 and top_p 0.95. Raises BadInput where a prompt and its new tokens do not
-    fit the model's context, for an empty prompt, an id outside the vocabulary, text without a tokenizer, and options
-    that are out of range or have no effect.
+    seeds. `sampler=lq.Sampler(temperature=0.5, top_k=50)` says how tokens are drawn, at temperature 0 greedily; without
+    one, temperature 0.8 and top_p 0.95. Raises BadInput where a prompt and its new tokens do not fit the model's
+    context, for an empty prompt, an id outside the vocabulary, text without a tokenizer, and options that are out of
+    range or have no effect.
 
     `draft` proposes tokens that the model then checks several at a time (`generation.speculative`): another
     LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of

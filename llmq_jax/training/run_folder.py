@@ -29,6 +29,7 @@ from llmq_jax.training.checkpoints import CHECKPOINTS, find_checkpoint
 from llmq_jax.training.metrics import METRICS, SAMPLES
 from llmq_jax.training.processes import first, same, share, together
 from llmq_jax.training.trackers import WANDB_ID
+from llmq_jax.whole_folders import refuse_no_permission
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
 MARK = "run_format"
@@ -224,8 +225,7 @@ def config_of_run(folder: Path) -> dict[str, Any] | None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise BadInput(f"{there} is a file; a run needs a folder: name another one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"{folder}: this user may not write in {there}; name another folder, or change its permissions")
+    refuse_no_permission(folder, there)
     names = set(os.listdir(folder)) if folder.is_dir() else set()
     # A process killed while it began leaves the lock, and perhaps a part of the config.
     if names <= {LOCK, f".{CONFIG}.partial"}:

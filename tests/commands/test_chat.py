@@ -68,6 +68,20 @@ def test_a_reply_is_what_is_generated_after_the_prompt(chat_model):
         assert chat_model.chat([user("hi")], **options) == expected
 
 
+def test_a_reply_has_by_default_as_many_tokens_as_there_is_room_for(chat_model):
+    room = chat_model.config.max_position_embeddings - len([USER, *b"hi", END, ASSISTANT])
+    options = {"sampler": SAMPLER, "stop": ()}
+    reply = chat_model.chat([user("hi")], **options)
+    assert reply == chat_model.chat([user("hi")], max_new_tokens=room, **options)
+    assert reply != chat_model.chat([user("hi")], max_new_tokens=room - 1, **options)
+
+
+def test_messages_that_fill_the_context_are_refused_by_default(chat_model):
+    context = chat_model.config.max_position_embeddings
+    with pytest.raises(lq.BadInput, match=f"messages have {context + 1} tokens, which leave no room in the model's"):
+        chat_model.chat([user("a" * (context - 2))])
+
+
 def test_what_cannot_be_said_is_refused(chat_model, tiny_model):
     for lm, messages, fault in (
         (tiny_model, [user("hi")], "this model has no chat template, so it cannot converse; use generate with a plain"),

@@ -362,3 +362,12 @@ def test_bad_gpt2_files(tmp_path, change, words):
     (tmp_path / "merges.txt").write_text("\n".join(merges))
     with pytest.raises(BadInput, match=words):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_shows_its_name_and_size(tmp_path):
+    (tmp_path / "mine").mkdir()
+    hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel({"a": 0, "b": 1500})).save(
+        str(tmp_path / "mine" / "tokenizer.json")
+    )
+    assert repr(FileTokenizer(tmp_path / "mine")) == "FileTokenizer(mine, 1,501 ids)"
+    assert repr(ByteTokenizer()) == "ByteTokenizer(bytes, 257 ids)"

@@ -7,8 +7,10 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
+from llmq_jax.models import PRESETS
 from llmq_jax.training.plan import Run
 from llmq_jax.training.sharding import mesh_sizes
+from tests.models.test_own_model import SIZES, shown  # noqa: F401  a fixture
 
 
 @pytest.fixture
@@ -75,10 +77,10 @@ def test_what_to_change(planned):
     assert "\n  --accumulate " in out
 
 
-@pytest.mark.parametrize(("size", "shown"), [(20480, "20480 GiB"), (141.37, "141.37 GiB"), (0.5, "512 MiB")])
-def test_the_memory_of_a_device_as_it_was_given(planned, size, shown):
+@pytest.mark.parametrize(("size", "size_shown"), [(20480, "20480 GiB"), (141.37, "141.37 GiB"), (0.5, "512 MiB")])
+def test_the_memory_of_a_device_as_it_was_given(planned, size, size_shown):
     _, out, _ = planned("--preset", "llama-10m", "--batch-size", 1, "--device-memory", size)
-    assert f"fits {shown}\n" in out
+    assert f"fits {size_shown}\n" in out
 
 
 def test_thousands_of_devices(planned):
@@ -104,3 +106,10 @@ def test_thousands_of_devices(planned):
 def test_what_cannot_be_is_told_in_a_line(planned, words, why):
     code, out, err = planned(*words)
     assert (code, out) == (2, "") and why in err and len(err.splitlines()) == 1
+
+
+def test_a_model_with_a_formula_of_its_own_is_planned_with_plain_attention(planned, shown, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(PRESETS, "top_keys", shown["TopKeysConfig"](**SIZES))
+    code, out, err = planned("--preset", "top_keys")
+    assert (code, out) == (2, "") and err.startswith("error: --attention masked does not compute with formula; take 'p")
+    assert planned("--preset", "top_keys", "--attention", "plain")[0] == 0

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import llmq_jax as lq
 from llmq_jax.data import read_documents
 from llmq_jax.training import resuming
 from tests.train.conftest import PRETRAINED
+from train.options import completed
 from train.pretrain import RUNS, Options, starting_options
 
 
@@ -418,6 +420,12 @@ def test_presets_hold_what_they_are_named_for():
     assert (shorter.log_every, shorter.evaluate_every, shorter.sample_every) == (2, 30, 15)
     assert starting_options({"init_from": "x"}).preset is None
     assert starting_options({"preset": "gpt2-124m"}) == Options()
+
+
+@pytest.mark.parametrize("preset", RUNS)
+def test_a_shorter_run_of_a_preset_warms_up_for_a_twentieth_of_it(preset):
+    assert completed(starting_options({"preset": preset})).warmup_steps == 100
+    assert completed(replace(starting_options({"preset": preset, "steps": "60"}), steps=60)).warmup_steps == 3
 
 
 # What it is, the options, what the message says. TEXT is the text file; the files of `bad_files` are there.

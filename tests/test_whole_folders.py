@@ -1,0 +1,21 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import re
+
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.whole_folders import check_target, whole_folder
+
+
+@pytest.mark.parametrize("name", ["new", "new/export"])
+def test_a_place_where_nothing_may_be_written_is_refused_in_words(name, tmp_path, monkeypatch):
+    """Asked of the system, because a superuser may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    fault = re.escape(f"{tmp_path / name}: this user may not write in {tmp_path}; name another folder")
+    with pytest.raises(BadInput, match=fault):
+        check_target(tmp_path / name, False, "config.json", ("config.json",))
+    with pytest.raises(BadInput, match=fault), whole_folder(tmp_path / name):
+        pass
+    assert list(tmp_path.iterdir()) == []
