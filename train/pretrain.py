@@ -83,8 +83,8 @@ class ModelOptions:
     """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
     hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
-    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. Prepared tokens come
-    with theirs."""
+    """bytes, gpt2, a tokenizer.json, a folder, run or GGUF file with one, or org/name of a model on the hub.
+    Prepared tokens come with theirs."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window. Given for fresh weights, it is also the model's context: the longest text that it can
     read."""
