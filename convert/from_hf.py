@@ -26,7 +26,8 @@ class Options:
     """Other fields of the config, for weights without a config.json: num_experts_per_tok=2 rms_norm_eps=1e-5. What
     their shapes do not tell is asked for."""
     tokenizer: Annotated[str | None, default_is("the model's")] = None
-    """Tokenizer for a model that comes without: bytes, gpt2, or a tokenizer.json or a folder with one."""
+    """Tokenizer for a model that comes without: bytes, gpt2, a tokenizer.json, a folder, run or GGUF file with
+    one, or org/name of a model on the hub."""
 
 
 def main(options: Options) -> None:

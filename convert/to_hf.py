@@ -32,6 +32,7 @@ class Options:
 
 def main(options: Options) -> None:
     from llmq_jax.interop import huggingface, peft_writer
+    from llmq_jax.interop.safetensors_files import check_shard_size
     from llmq_jax.model_files import load
     from llmq_jax.whole_folders import check_target
 
@@ -40,15 +41,16 @@ def main(options: Options) -> None:
     target = Path(options.target).expanduser().resolve()
     written = peft_writer if options.adapter else huggingface
     check_target(target, options.overwrite, written.CONFIG, written.EXPORTED)  # a model is read for minutes
+    size = MAX_SHARD_SIZE if options.max_shard_size is None else options.max_shard_size
+    check_shard_size(size)
     lm = load(options.source)
     refuse_mean_pooling(Path(options.source))
     if options.adapter:
         write_adapter(lm, options)
         return
     widened = wide_enough(lm, options.dtype)
-    size = MAX_SHARD_SIZE if options.max_shard_size is None else options.max_shard_size
     folder = huggingface.save_hf(widened, options.target, options.dtype, size, options.overwrite)
-    print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
+    print(f"{folder}: {without_adapters(lm)}\n{type_written(lm, options.dtype)}")
     if lm.tokenizer is None:
         print(
             f"without a tokenizer, which text needs: {options.source} holds none (tokenizer.json; OpenAI's "
@@ -82,6 +84,13 @@ def wide_enough(lm: Any, dtype: str | None) -> Any:
         return lm
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
     return lm.replace(variables={**lm.variables, "params": params})
+
+
+def without_adapters(lm: Any) -> Any:
+    """The model as it is written, for its line: the numbers of adapters are none of its own."""
+    from llmq_jax.layers.lora import LORA
+
+    return lm.replace(variables={name: part for name, part in lm.variables.items() if name != LORA})
 
 
 def type_written(lm: Any, dtype: str | None) -> str:

@@ -23,6 +23,8 @@ WITHOUT_NAME = {
 """{field: advice for a value that is given without an option's name, where the command has this field}."""
 OF_PLACES = ("--model", "--input", "--output", "--out", "--path", "--folder", "--init-from")
 """Options that elsewhere name a model, a file or a folder, where here it may be given without one."""
+RUN_OF_NANOGPT = "--out-dir"
+"""nanoGPT's option for the folder of a run, in its training as in its sampling."""
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -42,7 +44,8 @@ def check_names(options: type, arguments: list[str], program: str) -> None:
             if name in idle:
                 raise BadInput(f"{name} has no effect {idle[name]}; leave it out")
             meant = meant_by(name, given, _as_option)
-            if bare and (name.removeprefix("--") in bare or (not meant and name in OF_PLACES)):
+            of_place = name == RUN_OF_NANOGPT or (not meant and name in OF_PLACES)
+            if bare and (name.removeprefix("--") in bare or of_place):
                 meant = f"write {' '.join(map(str.upper, bare))} without an option's name"
             hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
             if before.replace("_", "-") in text_options(options):

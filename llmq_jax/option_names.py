@@ -46,19 +46,19 @@ OURS = {
     "clip": ("grad_clip", "gradient_clip", "max_grad_norm", "clip_grad_norm"),
     "weight_decay": ("wd",),
     "dtype": ("bf16", "fp16", "bfloat16", "float16", "precision", "torch_dtype"),
-    "remat": ("activation_checkpointing", "gradient_checkpointing"),
+    "remat": ("activation_checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     "attention": ("attn_implementation", "flash_attention"),
     "device": ("use_cpu", "cpu", "gpu"),
-    "mesh": ("deepspeed", "fsdp", "parallelism_config", "gpus", "num_gpus", "devices"),
+    "mesh": ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "gpus", "num_gpus", "devices"),
     "log_every": ("log_interval", "logging_steps"),
     "evaluate_every": ("eval_every", "eval_interval", "eval_steps", "eval_strategy", "evaluation_strategy"),
     "evaluate_batches": ("eval_batches", "eval_iters"),
-    "checkpoint_every": ("save_every", "save_interval", "save_steps", "always_save_checkpoint"),
+    "checkpoint_every": ("save_every", "save_interval", "save_steps", "save_strategy", "always_save_checkpoint"),
     "keep_last": ("save_total_limit",),
     "sample_every": ("log_completions",),
     "seed": ("data_seed",),
     "patience": ("early_stopping_patience",),
-    "wandb": ("report_to", "wandb_project", "wandb_log", "wandb_run_name"),
+    "wandb": ("report_to", "run_name", "project", "wandb_project", "wandb_log", "wandb_run_name"),
     "chat_template": ("chat_template_path",),
     "pack": ("packing", "packing_strategy", "padding_free"),
     "too_long": ("truncation_mode",),
@@ -103,17 +103,22 @@ VALUES = {
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
 """Names for which we have no option: the same command again resumes a run."""
 WITHOUT_OPTION = {
-    "push_to_hub": (
-        "checkpoint_every",
-        "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"),
+        ("checkpoint_every", "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER"),
     ),
+    "trust_remote_code": ("init_from", "no code that comes with a model is ever run; leave it out"),
+    **dict.fromkeys(("model_revision", "revision"), ("init_from", "write {init_from} org/name@REVISION")),
     "prompt": ("system", "messages are typed or come from standard input; for one alone, llmq generate MODEL --chat"),
     "start": ("prompt", "here it is {prompt}"),
     **dict.fromkeys(
         ("num_return_sequences", "num_samples"),
         ("prompt_file", "write the prompt so many times into a .jsonl file, once a line"),
     ),
-    **dict.fromkeys(("compile", "torch_compile"), ("checkpoint_every", "a step is always compiled; leave it out")),
+    **dict.fromkeys(
+        ("compile", "torch_compile", "torch_compile_mode", "torch_compile_backend"),
+        ("checkpoint_every", "a step is always compiled; leave it out"),
+    ),
     "lr_decay_iters": ("schedule", "the schedule takes all {steps}; leave it out"),
     "eval_only": ("evaluate_every", "llmq evaluate RUN FILE does that"),
     "backend": ("coordinator", "processes find each other by {coordinator}; leave it out"),
@@ -135,7 +140,9 @@ WITHOUT_COUNTERPART = {
     *("init_lora_weights", "rank_pattern", "alpha_pattern", "trainable_token_indices", "use_weighting", "ld_alpha"),
     *("delta", "top_entropy_quantile", "use_adaptive_entropy", "off_policy_mask_threshold", "cast_lm_head_to_fp32"),
     *("sapo_temperature_pos", "sapo_temperature_neg", "sync_ref_model", "ref_model_sync_steps"),
-    "ref_model_mixup_alpha",
+    *("ref_model_mixup_alpha", "f_divergence_type", "f_alpha_divergence_coef", "loss_weights", "neftune_noise_alpha"),
+    *("label_smoothing_factor", "load_in_4bit", "load_in_8bit", "greater_is_better", "group_by_length"),
+    "dataset_num_proc",
 }
 """Names of which docs/from_trl.md says what there is in their place, or that there is nothing."""
 
@@ -144,6 +151,7 @@ def meant_by(name: str, fields: Collection[str], shown: Callable[..., str]) -> s
     """A hint at what an unknown option was meant to be, by the names in other programs or else by its spelling; ""
     where nothing is near. `shown(field)` spells a field as the user gives it, `shown(field, value)` with a value."""
     elsewhere = name.removeprefix("--").replace("-", "_")
+    elsewhere = "use_vllm" if elsewhere.startswith("vllm_") else elsewhere
     if elsewhere in RESUMING and "out" in fields:
         return "the same command again resumes a run"
     field, advice = WITHOUT_OPTION.get(elsewhere, ("", ""))

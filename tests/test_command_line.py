@@ -353,6 +353,19 @@ def test_names_of_nanogpts_config_have_an_answer():
         assert [name for name, answer in answers.items() if not answer or "did you mean" in answer] == []
 
 
+def test_names_of_trl_that_stand_in_no_table_have_an_answer():
+    """In the recipe that a user would give them to; arguments that docs/from_trl.md names under what is missing."""
+    names = "vllm_mode vllm_gpu_memory_utilization hub_token hub_strategy gradient_checkpointing_kwargs revision"
+    missing = "f_divergence_type f_alpha_divergence_coef loss_weights neftune_noise_alpha label_smoothing_factor"
+    missing += " load_in_4bit load_in_8bit"
+    fields = {field.name for field in given_fields(recipe_options("grpo"))}
+    answers = {name: meant_by(name, fields, lambda field, *_: field) for name in f"{names} {missing}".split()}
+    assert [name for name, answer in answers.items() if not answer or "did you mean" in answer] == []
+    assert "without vLLM" in answers["vllm_mode"]
+    text = (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text()
+    assert [name for name in missing.split() if f"`{name}`" not in text] == []
+
+
 NO_PATHS = {  # options that take a text, but none that is a path
     *("chat_template_kwargs", "mesh", "text_field", "label_field", "columns", "tasks", "metric", "preset", "config"),
     *("coordinator", "wandb", "profile", "sample_prompt", "prompt", "system", "text", "stop", "prompt_format"),

@@ -32,8 +32,8 @@ class Options:
     names may tell the splits (train.jsonl, validation.jsonl). Or a folder with nanoGPT's tokens, train.bin and
     val.bin."""
     tokenizer: str
-    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. To train a pretrained
-    model further, take its own."""
+    """bytes, gpt2, a tokenizer.json, a folder, run or GGUF file with one, or org/name of a model on the hub.
+    To train a pretrained model further, take its own."""
     out: str
     """A new folder for the tokens; it appears complete or not at all."""
     text_field: Annotated[str | None, default_is("text")] = None

@@ -13,6 +13,7 @@ see the defaults that the preset sets.
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -83,8 +84,8 @@ class ModelOptions:
     """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
     hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
-    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. Prepared tokens come
-    with theirs."""
+    """bytes, gpt2, a tokenizer.json, a folder, run or GGUF file with one, or org/name of a model on the hub.
+    Prepared tokens come with theirs."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window. Given for fresh weights, it is also the model's context: the longest text that it can
     read."""
@@ -349,6 +350,13 @@ def require_preset(name: str) -> None:
         raise BadInput(f"unknown preset {name!r}: {did_you_mean(name, [*RUNS, *PRESETS])}")
 
 
+OF_NANOGPT = {
+    "resume": "the same command again, without it, resumes a run",
+    "scratch": "without it weights are fresh",
+}
+"""{what nanoGPT's init_from says beside the name of a model: how it is said here}."""
+
+
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     from llmq_jax.data import has_fields, is_token_folder
@@ -357,6 +365,8 @@ def check(options: Options) -> None:
     text_files = [path for path in (None if prepared else options.data, options.validation_data) if path]
     if options.preset is not None:
         require_preset(options.preset)
+    if options.init_from in OF_NANOGPT and not os.path.exists(options.init_from):
+        raise BadInput(f"--init-from {options.init_from}: names no model; {OF_NANOGPT[options.init_from]}")
     if options.init_from and not options.out:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
     check_ranges(

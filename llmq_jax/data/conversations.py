@@ -154,8 +154,12 @@ def with_form(record: Record, forms: Mapping[str, Sequence[str]], what: str) -> 
         nulls = [name for name in record.fields if name not in fields]
         names = (", ".join(fields) or "none") + (f"; null: {', '.join(nulls)}" if nulls else "")
         wanted = "; or ".join(", ".join(needed) for needed in forms.values())
+        partly = (needed for needed in forms.values() if any(name in fields for name in needed))
+        missing = [[name for name in needed if name not in fields] for needed in partly]
+        nearest = dict.fromkeys(" and ".join(names) for names in missing if len(names) == min(map(len, missing)))
+        near = f"{' or '.join(nearest)} too, or " if nearest else ""
         raise BadInput(
-            f"{record.where} is no {what} (fields found: {names}): it needs the fields {wanted}; --fields says "
+            f"{record.where} is no {what} (fields found: {names}): it needs {near}the fields {wanted}; --fields says "
             "what they are called in the file, as in output=response"
         )
     return Record(record.where, fields), form

@@ -6,6 +6,7 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 """
 
 import functools
+import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 
 TEMPLATES = ("chat", "plain")
+WIDE = re.compile(r"\d{7}")
+"""In what a format says of a field, a width for which memory may not be enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +146,8 @@ def _formatted(prompt_format: str, record: Record) -> str:
             )
     try:
         return prompt_format.format_map(record.fields)
+    except MemoryError:  # a width may come from a field of the record
+        raise BadInput(f"{record.where}: the prompt of the format {prompt_format!r:.60} fits no memory") from None
     except (ValueError, TypeError, LookupError) as error:
         raise BadInput(f"{record.where}: the prompt format {prompt_format!r:.60} cannot be filled: {error}") from None
 
@@ -159,6 +164,11 @@ def _check_format(prompt_format: str, record: Record) -> None:
     if not names:
         known = ", ".join(record.fields)
         raise BadInput(f"the prompt format names no field, so all prompts would be the same: use {{name}} of {known}")
+    for _, name, width, _ in string.Formatter().parse(prompt_format):
+        if name is not None and WIDE.search(width or ""):
+            raise BadInput(
+                f"the prompt format pads {{{name}}} by {width!r:.20}: no prompt is a million characters long"
+            )
     for name in names:
         if not name.isidentifier() and (name not in record.fields or "." in name or "[" in name):
             raise BadInput(f"the prompt format holds {{{name}}}, which is no name of a field: write {{{{ for a brace")

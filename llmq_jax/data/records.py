@@ -4,6 +4,7 @@ The readers are strict: whatever is not as it should be raises BadInput with the
 reader that skips bad rows unasked trains on something else than the user believes (`bad_rows.usable` is asked to).
 """
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -215,7 +216,11 @@ def decoded(content: bytes, source: str | Path, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         at = offset + error.start
         byte = f"0x{content[error.start]:02x}"
-        raise BadInput(f"{source}: byte {at} ({byte}) is not UTF-8: convert it to UTF-8, or unpack it") from None
+        encoding = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
+        how = f"if it is from Windows: iconv -f {encoding} -t UTF-8"
+        raise BadInput(
+            f"{source}: byte {at} ({byte}) is not UTF-8 ({how}): convert it to UTF-8, or unpack it"
+        ) from None
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
@@ -295,6 +300,12 @@ def _table_rows(
     rows = _csv_rows(path) if kind == ".csv" else _tsv_rows(path)
     if columns is None:
         _, _, names = next(rows, (1, 1, []))
+        separator, others = ("commas", ";\t") if kind == ".csv" else ("tabs", ";")
+        if len(names) == 1 and names[0] not in texts and any(other in names[0] for other in others):
+            raise BadInput(
+                f"{path}: the columns of the header {_shown_names(names)!r} are not separated by {separator}: save the "
+                f"table with {separator}, or as JSON lines"
+            )
         names = [name.strip() for name in names]
         whose = f"the header {len(names)}"
     else:

@@ -11,29 +11,40 @@ from llmq_jax.errors import BadInput, warn
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, from a folder with one or with GPT-2's files, or of
-    a model on the Hugging Face hub ("org/name"), whose weights are not fetched. BadInput: there is none of these, or it
-    is damaged."""
+    """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, or of anything that `load` takes: a folder, a GGUF
+    file, a run, or a model on the Hugging Face hub, whose weights are not fetched ("org/name", but all of
+    "org/name/file.gguf"). BadInput: there is none of these, it has no tokenizer, or that is damaged."""
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
     if str(name_or_path) == "gpt2":
         return GPT2Tokenizer()
-    path, name = Path(name_or_path), None
+    path, name = Path(name_or_path).expanduser(), None
     if "/" in str(name_or_path) and not path.exists():
         from llmq_jax.interop.huggingface import find  # which imports JAX
 
         path, name = find(name_or_path, tokenizer=True), str(name_or_path)
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
-    found = _tokenizer_in(path, name) if path.is_dir() else None
+    found = _tokenizer_in(path, name) or _model_tokenizer(path)
     if found is None:
         what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "none of these"
+        what = "a GGUF file without one" if path.is_file() else what
         what = f"a folder with {unread}, which is not read: {WRITE_JSON}" if (unread := unread_file(path)) else what
         raise BadInput(
-            f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json, a folder with one, or the "
-            f"org/name of a model on the Hugging Face hub; this is {what}"
+            f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json, a folder, run or GGUF file "
+            f"with a tokenizer, or the org/name of a model on the Hugging Face hub; this is {what}"
         )
     return found
+
+
+def _model_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer within a run, a checkpoint or a GGUF file; None where there is none."""
+    from llmq_jax.interop.gguf import is_gguf, read_tokenizer  # which imports JAX
+    from llmq_jax.training.checkpoints import TOKENIZER, find_checkpoint
+
+    if (checkpoint := find_checkpoint(path)) is not None:
+        return _tokenizer_in(checkpoint / TOKENIZER, path.resolve().name)
+    return read_tokenizer(path) if is_gguf(path) else None
 
 
 def tokenizer_in(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
+from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput, at_place, warn
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
@@ -92,6 +93,14 @@ def read_gguf(path: Path, config: Any = None, dtype: Any = None) -> Contents:
         tokenizer = gguf_tokenizer(gguf.metadata, file.stem)
         generation = GenerationConfig() if tokenizer is None else generation_config(gguf.metadata)
     return Contents(config, variables, tokenizer, generation)
+
+
+def read_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a GGUF file, whatever its model's architecture; None where it has none."""
+    file = _files_of(path)[0]
+    gguf = open_gguf(file)
+    with at_place(file):
+        return gguf_tokenizer(gguf.metadata, file.stem)
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -196,8 +196,8 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
 def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any = None) -> Path:
     """The path of a model: one that exists, or the local copy of what the hub has under this name ("org/name", or
     "org/name@revision" for one commit, tag or branch of it; "org/name/file.gguf" for one file). With `tokenizer` no
-    weights are fetched; nor are they for a model whose `config.json` is refused, unless a whole `config` is given,
-    which takes its place.
+    weights are fetched beside it; nor are they for a model whose `config.json` is refused, unless a whole `config` is
+    given, which takes its place.
 
     The hub is not asked for a name that can only be a path: `runs/mien` where there is a folder `runs`.
     """
@@ -206,8 +206,7 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any =
         return path
     name = str(name)
     is_path = name.startswith(".") or ("/" in name and path.parent.is_dir())
-    names = HUB_NAME if tokenizer else f"({HUB_NAME}|{GGUF_NAME})"
-    if is_path or not re.fullmatch(rf"{names}(@[\w./-]+)?", name):
+    if is_path or not re.fullmatch(rf"({HUB_NAME}|{GGUF_NAME})(@[\w./-]+)?", name):
         raise BadInput(no_such_path(name))
     return _download(name, tokenizer, config)
 

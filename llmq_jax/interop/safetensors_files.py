@@ -5,6 +5,7 @@ Files are read with pread, not mapped into memory: so what has been read takes m
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+SIZE = re.compile(r"\s*(\d+(\.\d*)?|\.\d+)\s*[KMGT]B\s*", re.IGNORECASE)
 # Types of which the safetensors library makes no numpy arrays.
 READ_AS_BYTES = ("F8_E4M3", "F8_E5M2")
 
@@ -60,15 +62,13 @@ def write_safetensors(
     folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int | str = MAX_SHARD_SIZE
 ) -> None:
     """`model.safetensors`, or shards of at most `max_shard_size` ("5GB", "500MB", bytes) and their index."""
-    try:
-        split = split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise BadInput(f'max_shard_size={max_shard_size!r} is no size; write "5GB" or "500MB"') from error
+    check_shard_size(max_shard_size)
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     for filename, names in split.filename_to_tensors.items():
         shard = {name: np.asarray(tensors[name]) for name in names}
         try:
@@ -78,6 +78,17 @@ def write_safetensors(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
+
+
+def check_shard_size(size: int | str) -> None:
+    """BadInput for a size that huggingface_hub does not know, such as GiB, and for one that is not positive, of
+    which it would make files of one tensor each."""
+    if isinstance(size, str):
+        good = SIZE.fullmatch(size) is not None and re.search("[1-9]", size) is not None
+    else:
+        good = type(size) is int and size > 0
+    if not good:
+        raise BadInput(f'max_shard_size={size!r} is no size; write "5GB" or "500MB"')
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -204,6 +204,9 @@ class WeightTable:
         leaves = flatten_dict(abstract_variables(config))
         _check_sizes(leaves)
         placements = self.placements(config, most=10_000 + 10 * len(state))
+        others = [name for name in state if name.startswith(self.beside)]
+        if others:
+            warn(f"{len(others)} tensors of other parts are ignored: {self.parts_of(others)}")
         state = self.select(self._own_part(state), config)
         names = self._names(state, placements)
         problems = self._problems(state, names, placements, leaves, config)
@@ -272,7 +275,8 @@ class WeightTable:
 
     def _knows(self, name: str) -> bool:
         """Whether a tensor of this name may occur in this spelling."""
-        return any(self._known.fullmatch(full) for full in (name, self.optional_prefix + name))
+        own = self.own_name(name)
+        return any(self._known.fullmatch(full) for full in (own, self.optional_prefix + own))
 
     @functools.cached_property
     def _known(self) -> re.Pattern[str]:
@@ -285,6 +289,7 @@ class WeightTable:
         number of layers)."""
         shapes: dict[str, Shape] = {}
         layers = set()
+        state = self._own_part(state)
         for name in state:
             for entry in self.rules:
                 match = _matches(entry.key, name) or _matches(entry.key, self.optional_prefix + name)
@@ -296,6 +301,7 @@ class WeightTable:
 
     def is_tied(self, state: Mapping[str, Any]) -> bool:
         """Whether every tensor that may repeat another one does so, or is absent."""
+        state = self._own_part(state)
         prefix = "" if any(name.startswith(self.optional_prefix) for name in state) else self.optional_prefix
         pairs = [(key.removeprefix(prefix), source.removeprefix(prefix)) for key, source in self.tied.items()]
         both = [pair for pair in pairs if pair[0] in state and pair[1] in state]
@@ -305,9 +311,6 @@ class WeightTable:
         """Our part of a larger model's state dict, under the part's own names; any other state dict unchanged."""
         if not self.within:
             return state
-        others = [name for name in state if name.startswith(self.beside)]
-        if others:
-            warn(f"{len(others)} tensors of other parts are ignored: {self.parts_of(others)}")
         part: dict[str, Any] = {}
         for name in state:
             if not name.startswith(self.beside):

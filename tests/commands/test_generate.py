@@ -146,6 +146,10 @@ def test_the_default_sampler_is_that_of_the_library(model_folder):
 BAD = {
     "no prompt": (["MODEL"], "there is no prompt: give either --prompt TEXT or --prompt-file FILE"),
     "two prompts": (["MODEL", "--prompt", "x", "--prompt-file", "-"], "two prompts were given: give either --prompt"),
+    "nanoGPT's run": (
+        ["--out_dir=MODEL", "--prompt", "x"],
+        "unknown option --out-dir: write MODEL without an option's",
+    ),
     "no prompt file": (["MODEL", "--prompt-file", "nothing.txt"], "nothing.txt cannot be read"),
     "batch of one": (["MODEL", "--prompt", "x", "--batch-size", "8"], "--batch-size has no effect without a .jsonl"),
     "variables for a text": (

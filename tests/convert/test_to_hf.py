@@ -209,7 +209,9 @@ def dtype_in(folder):
 
 def test_the_type_of_a_merged_model_is_said(here, tmp_path, capsys):
     assert ended("convert.to_hf", "run", tmp_path / "plain") == 0
-    assert "\nwritten in float32, that of the model; --dtype bfloat16 halves it\n" in capsys.readouterr().out
+    written, said = capsys.readouterr().out.splitlines()[:2]
+    assert said == "written in float32, that of the model; --dtype bfloat16 halves it"
+    assert written.endswith(f": {lq.merge(lq.load('run'))}") and "adapters" not in written
     assert ended("convert.to_hf", "run", tmp_path / "half", "--dtype", "bfloat16") == 0
     assert "\nwritten in bfloat16\n" in capsys.readouterr().out
     assert (dtype_in(tmp_path / "plain"), dtype_in(tmp_path / "half")) == ("float32", "bfloat16")

@@ -302,6 +302,14 @@ BAD = [
         {"question": "x", "reply": "y"},
         r"is no conversation \(fields found: question, reply\): it needs .*; or prompt, c.*; or question, answer; --",
     ),
+    (
+        {"instruction": "x", "input": "y"},
+        r"\(fields found: instruction, input\): it needs output too, or the fields mes",
+    ),
+    (
+        {"prompt": "x", "question": "y"},
+        r"prompt, question\): it needs completion or answer too, or the fields messages",
+    ),
     ({"question": "x", "answer": None}, r"is no conversation \(fields found: question; null: answer\)"),
     ({"question": "x", "answer": 2}, r"field 'answer' must be a string, not a number"),
     ({"question": "x", "answer": ""}, r"field 'answer': the response is empty"),

@@ -302,6 +302,7 @@ def test_no_prompt_is_in_both_parts(read):
 
 BAD = [
     ({"question": "x"}, r"is no preference pair \(fields found: question\): it needs the fields instruction, chosen"),
+    ({"prompt": "x", "chosen": "y"}, r"\(fields found: prompt, chosen\): it needs rejected too, or the fields instruc"),
     ({**STRINGS, "rejected": None}, r"is no preference pair \(fields found: prompt, chosen; null: rejected\)"),
     ({**ALPACA, "prompt": "x"}, "has both an instruction and a prompt"),
     ({**ALPACA, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),

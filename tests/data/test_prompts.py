@@ -170,6 +170,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(read):
         ([{"q": "a"}], {"prompt_format": "{}"}, "holds {}, which is no name of a field"),
         ([{"q": "a"}], {"prompt_format": "{p}"}, "has no field 'p' (fields found: q): choose one with --prompt-format"),
         ([{"q": "a"}, {"q": None}], {"prompt_format": "{q}"}, "line 2: field 'q' must be a string or a number"),
+        ([{"q": "a"}], {"prompt_format": "{q:99999999999999}"}, "the prompt format pads {q} by '99999999999999': no p"),
+        ([{"q": "a", "n": 10**14}], {"prompt_format": "{q:{n}}"}, "line 1: the prompt of the format '{q:{n}}' fits no"),
         ([{"q": "a"}], {"prompt_format": "{q:d}"}, "line 1: the prompt format '{q:d}' cannot be filled"),
         ([{"q": " "}], {"prompt_format": "{q}"}, "line 1: the prompt is empty"),
     ],

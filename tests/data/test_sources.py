@@ -129,7 +129,12 @@ BAD = [
     ("utf16.txt", "a text".encode("utf-16-le"), r"utf16\.txt has zero bytes near its start, as UTF-16 .* have: only"),
     ("utf16.py", "a text".encode("utf-16-be"), r"utf16\.py has zero bytes near its start"),
     ("latin1.jsonl", b'"ab"\n"c\xe9"', r"latin1\.jsonl: byte 7 \(0xe9\) is not UTF-8"),
-    ("latin1.csv", b"text\nc\xe9", r"byte 6 \(0xe9\) is not UTF-8"),
+    (
+        "latin1.csv",
+        b"text\nc\xe9",
+        r"byte 6 \(0xe9\) is not UTF-8 \(if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8\): convert",
+    ),
+    ("utf16.csv", "text\nx".encode("utf-16"), r"is not UTF-8 \(if it is from Windows: iconv -f UTF-16 -t UTF-8\): con"),
     (
         "a.json",
         '[{"text": "x"}, {"prompt": 1, "completion": 2}]',
@@ -150,6 +155,9 @@ BAD = [
     ("a.jsonl", "[" * 100_000, r"line 1: JSON .* nested too deeply"),
     ("a.csv", "id,body\n1,x\n", r"the header has no field 'text' \(fields found: id, body\)"),
     ("a.csv", "id,text\n1,x\n2,y,z\n", r"ends at line 3 has 3 fields and the header 2"),
+    ("a.csv", "id;text\n1;x\n", r"a\.csv: the columns of the header 'id;text' are not separated by commas: save"),
+    ("a.csv", "id\ttext\n1\tx\n", r"a\.csv: the columns of the header 'id text' are not separated by commas: save"),
+    ("a.tsv", "id;text\n1;x\n", r"a\.tsv: the columns of the header 'id;text' are not separated by tabs: save"),
     ("a.csv", 'text\n"x', r"broken CSV at line 2"),
     ("a.tsv", "id\ttext\n1\tx\ty\n", r"ends at line 2 has 3 fields and the header 2: a text may not hold a tab"),
     ("a.csv", "text,text\nx,y\n", r"two columns are called 'text'"),

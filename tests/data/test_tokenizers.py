@@ -9,6 +9,7 @@ import tokenizers as hf_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llmq_jax as lq
 from llmq_jax.data import (
     ByteTokenizer,
     FileTokenizer,
@@ -21,6 +22,7 @@ from llmq_jax.data import (
 )
 from llmq_jax.data.gpt2_vocabulary import PUBLISHED_SHA256, packaged_vocabulary
 from llmq_jax.errors import BadInput
+from tests.fuzz.readers import gguf_file
 
 TEXTS = [
     "",
@@ -333,6 +335,24 @@ def test_bad_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": 1')
     with pytest.raises(BadInput, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_named_by_whatever_model_holds_it(saved, tmp_path):
+    """By a saved model or a run, one of its checkpoints, a GGUF file or its folder."""
+    config = lq.GPT2Config(257, 8, 4, 1, 1)
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config), load_tokenizer(saved / "bytes"))
+    run = lq.save(lm, tmp_path / "run")
+    for path in (run, run / "checkpoints", next((run / "checkpoints").iterdir())):
+        assert load_tokenizer(path).files() == lm.tokenizer.files()
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    gguf_file(folder)
+    for path in (folder, folder / "model.gguf"):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.name == "model" and tokenizer.encode("ab") == lq.load(path).tokenizer.encode("ab")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match=r"model\.gguf: not a GGUF file, or truncated"):
+        load_tokenizer(folder / "model.gguf")
 
 
 def test_eos_token_that_is_not_in_the_vocabulary(saved, tmp_path):

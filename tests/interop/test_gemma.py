@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
+from llmq_jax.interop.gemma import UNDERIVABLE
 from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel
@@ -485,6 +486,29 @@ def test_the_text_part_of_a_multimodal_folder(multimodal, spelling, tmp_path):
     with torch.no_grad():
         found = theirs(input_ids=torch.arange(40)[None] % 11).logits.numpy()
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("spelling", ["files", "memory"])
+def test_a_multimodal_folder_without_a_config_is_recognised(multimodal, spelling, tmp_path):
+    folder, logits = multimodal
+    state = load_file(folder / "model.safetensors")
+    names = in_memory(state) if spelling == "memory" else {name: name for name in state}
+    save_file({names[name]: array for name, array in state.items()}, tmp_path / "model.safetensors")
+    assert "do not tell num_attention_heads and sliding_window and query_pre_attn_scalar" in refused(load, tmp_path)
+    config = config_from_hf(json.loads((folder / "config.json").read_text()))
+    untold = (*UNDERIVABLE, *ASSUMED, "local_rope_parameters", "layer_types", "max_position_embeddings")
+    fields = {name: getattr(config, name) for name in untold}
+    with pytest.warns(UserWarning, match="other parts are ignored"):
+        lm = load(tmp_path, config=fields)
+    assert lm.config.model_type == "gemma3_text" and lm.config.tie_word_embeddings
+    np.testing.assert_allclose(lm.logits(np.arange(40)[None] % 11), logits, rtol=0, atol=1e-4)
+
+    # A head of its own is noticed under its longer name.
+    head = "lm_head.weight" if spelling == "memory" else "language_model.lm_head.weight"
+    state = load_file(tmp_path / "model.safetensors") | {head: np.ones((11, 12), np.float32)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="other parts are ignored"):
+        assert not load(tmp_path, config=fields).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def test_a_gguf_file_of_the_hub(tmp_path, monkeypatch):
         fetched: list[str] = []
         lm = load(f"org/tiny-GGUF/{name}@v1")
         assert (lm.config.model_type, fetched) == ("llama", files)
+        assert lm.tokenizer is None
+        assert "this is a GGUF file without one" in refused(load_tokenizer, f"org/tiny-GGUF/{name}@v1")
     assert "the Hugging Face hub has org/tiny-GGUF, but no x.gguf in it" in refused(load, "org/tiny-GGUF/x.gguf@v1")
     assert refused(load, "org/tiny-GGUF/../m.gguf") == "org/tiny-GGUF/../m.gguf: there is no such file or folder"
     for path in tmp_path.glob("*.gguf"):

@@ -16,11 +16,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import load_file, save_file
 
 from llmq_jax.data import ByteTokenizer, GPT2Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.architectures import weight_table
+from llmq_jax.interop.architectures import to_state_dict, weight_table
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.safetensors_files import open_safetensors, write_safetensors
@@ -376,6 +377,25 @@ def test_options_that_mean_nothing(lm, tmp_path, option, value):
     with pytest.raises(BadInput, match=f"{option}='{value}'"):
         save_hf(lm, tmp_path / "ours", **{option: value})
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["0GB", "0.0 MB", "-5GB", "5GiB", "5", "infGB", "nanGB", "GB", 0, -1, 2.5, True, None])
+def test_sizes_of_shards_that_are_none(lm, tmp_path, size):
+    with pytest.raises(BadInput, match=re.escape(f'max_shard_size={size!r} is no size; write "5GB" or "500MB"')):
+        save_hf(lm, tmp_path / "ours", max_shard_size=size)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["5GB", "5 GB", " .5kb ", "1.KB", 700])
+def test_sizes_of_shards_are_those_of_huggingface_hub(lm, tmp_path, size):
+    files = sorted(path.name for path in save_hf(lm, tmp_path / "ours", max_shard_size=size).glob("*.safetensors"))
+    split = split_state_dict_into_shards_factory(
+        to_state_dict(lm.variables, lm.config),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=size,
+    )
+    assert files == sorted(split.filename_to_tensors)
 
 
 # Files that are broken.

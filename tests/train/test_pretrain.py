@@ -489,6 +489,11 @@ BAD = {
     "device": (["--device", "gpu"], "--device gpu: JAX finds no GPU here; use --device cpu"),
     "device choice": (["--device", "tpu"], "--device cannot be 'tpu': choose from auto, cpu, gpu"),
     "no model": (["--init-from", "nowhere/x", "--out", "run"], "nowhere/x"),
+    "nanoGPT's resume": (
+        ["--init-from", "resume"],
+        "names no model; the same command again, without it, resumes a run",
+    ),
+    "nanoGPT's scratch": (["--init-from", "scratch"], "--init-from scratch: names no model; without it weights are"),
     "model without out": (["--init-from", "nowhere/x"], "missing --out"),
     "field of plain text": (["--data", "TEXT", "--text-field", "a"], "--text-field has no effect on data without"),
     "field of nothing": (["--text-field", "a"], "--text-field has no effect"),
