@@ -406,6 +406,10 @@ def answered(**keys):
         (answered(tool_calls=["clock"]), r"tool_calls\[0\] must be .*, not 'clock'"),
         ({"messages": [{**user("a"), "tool_calls": [call("clock")]}]}, r"only the assistant calls tools, .* 'user'"),
         (answered(function_call={"name": "clock"}), r"has 'function_call', which is not read"),
+        (
+            {"prompt": [user("a"), assistant("b", weight=2), user("c")], "completion": [assistant("d")]},
+            r"prompt\[1\]: weight is 2: only 0",
+        ),
         (answered(reasoning=["c"]), r"messages\[1\]: reasoning must be a string, not a list"),
         ({**answered(), "tools": "clock"}, r"field 'tools' is a string and no JSON"),
         ({**answered(), "tools": ["clock"]}, r"field 'tools' must be a list of objects, not \['clock'\]"),

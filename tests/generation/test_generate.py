@@ -503,6 +503,8 @@ def test_what_may_stop_a_row(lm):
     assert length(None) == length(["never there"]) == first[own]
     assert length(np.int64(other)) == length([np.int32(other)]) == first[other]
     assert length(()) == 12
+    padded = lm.replace(generation=lq.GenerationConfig(eos_token_id=(own,), pad_token_id=7))
+    assert [Request.create(model, ["a"], 4, SAMPLER, None, 0).pad for model in (ending, padded)] == [own, 7]
 
 
 @pytest.mark.parametrize("sampler", [{"temperature": 0.5}, 0.5, lq.Sampler])

@@ -1,6 +1,7 @@
 """The format of GGUF files: every type of tensor, metadata, and files that are broken."""
 
 import random
+import struct
 
 import ml_dtypes
 import numpy as np
@@ -140,6 +141,10 @@ def intact(tmp_path_factory):
         (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
         (b"GGUF" + (1).to_bytes(4, "little") + bytes(50), "is GGUF of version 1, which is not supported"),
         (b"GGUF" + (3).to_bytes(4, "big") + bytes(50), "is written for big-endian machines"),
+        (
+            b"GGUF" + struct.pack("<IQQQ17sII", 3, 0, 1, 17, b"general.alignment", 4, 0),
+            "truncated or damaged (general.alignment is 0)",
+        ),
     ],
 )
 def test_files_of_another_kind(tmp_path, content, reason):
@@ -179,9 +184,9 @@ def test_lengths_are_held_against_the_size_of_the_file(tmp_path, pairs):
 
 def test_truncated_files(intact, tmp_path):
     path = tmp_path / "file.gguf"
-    for size in [*range(0, len(intact) - 32, 2003), len(intact) - 100]:
+    for size in [*range(0, len(intact) - 32, 2003), len(intact) - 100, len(intact) - 32]:
         path.write_bytes(intact[:size])
-        assert "truncated" in refused(load, path)
+        assert "not a GGUF file, or truncated or damaged (" in refused(load, path)
 
 
 def test_damaged_headers(intact, tmp_path):

@@ -221,6 +221,9 @@ def test_ids_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(BadInput, match=f"token ids from {min(ids)} to {max(ids)} do not fit uint16"):
             write_tokens(tmp_path / "t", ByteTokenizer(), [np.array(ids)], None, separated=False, sample="a")
     assert not list(tmp_path.iterdir())
+    greatest = [np.array([2**16 - 1])]
+    written = write_tokens(tmp_path / "t", ByteTokenizer(), greatest, None, separated=False, sample="a")
+    assert written.training.tolist() == [2**16 - 1]
 
 
 def test_of_two_that_write_one_folder_the_first_wins(tmp_path):

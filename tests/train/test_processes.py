@@ -232,7 +232,7 @@ def test_a_coordinator_whose_name_is_not_known_is_told_at_once_and_ctrl_c_ends_t
     assert f"warning: --coordinator {name}:9911: the name {name} is not known here yet" in told
 
 
-def test_a_port_that_cannot_be_listened_at_is_told_at_once():
+def test_a_port_that_cannot_be_listened_at_and_numbers_that_cannot_be_are_told_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=f"process 0 cannot listen at port {port} .*already in use"):
@@ -240,6 +240,13 @@ def test_a_port_that_cannot_be_listened_at_is_told_at_once():
     for port in (0, 99999):
         with pytest.raises(BadInput, match="HOST:PORT, with a port from 1 to 65535"):
             joined(f"127.0.0.1:{port}", 2, 1).__enter__()
+    for address, processes, process, why in (
+        (None, 2, None, "have no effect without --coordinator"),
+        ("127.0.0.1:1", 1, 0, "--processes is 1, and one needs no --coordinator"),
+        ("127.0.0.1:1", 2, 2, "--process is 2 and must be from 0 to 1"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            joined(address, processes, process).__enter__()
 
 
 def of_slurm(**variables):
@@ -274,6 +281,9 @@ def test_the_interactive_step_of_a_job_of_several_tasks_is_alone(monkeypatch):
     with socket.create_server(("", 0)) as taken:  # joining would be refused, instead of waiting
         monkeypatch.setenv("JAX_COORDINATOR_PORT", str(taken.getsockname()[1]))
         with joined(None, None, None):
+            pass
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+        with joined(None, 1, None):
             pass
 
 
@@ -348,7 +358,9 @@ def test_what_one_process_lacks_ends_both(begin):
             [2],
         ),
         ({"CUDA_VISIBLE_DEVICES": "-1", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"}, None),  # none
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_NODEID": "1"}, [0]),
         ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_NODEID": "2"}, [0, 1, 2, 3]),
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_NODEID": "1"}, [0, 1, 2, 3]),
         ({"SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
     ],
 )

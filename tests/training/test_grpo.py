@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.data.length_buckets import bucket_width
 from llmq_jax.data.prompts import Prompt, PromptBatches, step_seeds
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
@@ -123,6 +124,11 @@ def test_answers_follow_their_prompts_and_keep_their_logprobs(lm):
     logprobs = logprobs_of(lm.model, lm.variables, *arrays)
     np.testing.assert_allclose(logprobs, rollout.logprobs, atol=1e-4)
     assert len(set(rollout.completions)) > 4
+    width = bucket_width(int(rollout.prompt_lengths.max()), rollout.tokens.shape[1])
+    np.testing.assert_array_equal(rollout.prompt_rows(), rollout.tokens[:, :width])
+    seeds = [3, 2, 1, 0, 7, 6, 5, 4]
+    turned = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=seeds)
+    assert turned.completions == [rollout.completions[seed] for seed in seeds]
 
 
 def test_answers_in_half_precision_are_those_of_the_adapters_that_learn(lm):
@@ -174,6 +180,9 @@ def test_a_step_raises_the_reward_of_its_answers(lm):
     np.testing.assert_allclose(metrics["rewards/bytes/mean"], rewards.mean(), rtol=1e-6)
     spreads = rewards.reshape(2, GROUP).std(axis=1, ddof=1)
     np.testing.assert_allclose(metrics["reward_std"], spreads.mean(), rtol=1e-5)
+    centred = (rewards.reshape(2, GROUP) - rewards.reshape(2, GROUP).mean(axis=1, keepdims=True)).reshape(-1)
+    found = dataclasses.replace(loop, scale="none").advantages(loop.score(before))
+    np.testing.assert_allclose(found, centred, rtol=1e-5)
     assert metrics["frac_reward_zero_std"] == 0
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 - before.terminated.mean())
     np.testing.assert_allclose(metrics["rewards/bytes/std"], rewards.std(ddof=1), rtol=1e-5)
@@ -457,6 +466,10 @@ def test_functions_may_be_silent_beside_a_reward_model(lm, reward_lm):
     texts, model = text_rewards(of_the_first_prompt), ModelReward(reward_lm)
     scores = SummedRewards(texts, model, 0.5)(rollout)
     np.testing.assert_allclose(scores.rewards, np.repeat([1, 0], GROUP) + 0.5 * model(rollout).rewards, atol=1e-6)
+    learned = jax.tree.map(lambda leaf: 2 * leaf, reward_lm.variables)  # those of a reward model that goes on learning
+    scores_then = SummedRewards(texts, model, 0.5)(rollout, learned)
+    np.testing.assert_array_equal(scores_then.by_name[model.name], model(rollout, learned).rewards)
+    assert not np.allclose(scores_then.rewards, scores.rewards, atol=1e-3)
     assert np.isnan(scores.by_name["bytes"][GROUP:]).all()
     with pytest.raises(BadInput, match=r"no reward of completion 4"):
         texts(rollout)
@@ -483,6 +496,8 @@ def test_answers_are_read_with_what_the_chat_template_writes_after_them(lm, rewa
     ending = [int(last[rollout.terminated][0]), 13, 10]
     ended = rollout.terminated & (last == ending[0])  # the template ends no answer with another end token
     assert 0 < ended.sum() < rollout.terminated.sum() < len(rollout)
+    cut = dataclasses.replace(rollout, terminated=np.zeros(20, bool))  # an end of the template alone ends no answer
+    np.testing.assert_array_equal(ModelReward(reward_lm, ending=ending).rows(cut)[1], rollout.lengths)
     found = {p: ModelReward(reward_lm, p, ending=ending)(rollout).rewards for p in ("last", "mean")}
     steps = ModelReward(reward_lm, process=True, separator="none", ending=ending)(rollout).steps
     for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):

@@ -13,6 +13,7 @@ from llmq_jax.training.metrics import (
     drop_samples_after,
     printable,
     read_metrics,
+    read_samples,
     shown_loss,
 )
 
@@ -129,6 +130,7 @@ def test_samples_are_readable(tmp_path):
     path = tmp_path / "samples.txt"
     write_samples(path, [100, 104])
     assert path.read_text() == "step 100\n  first\n  second\n\nstep 104\n  tab\tbell\ufffd\ufffd[31mred\ufffd\n  \n\n"
+    assert read_samples(path) == [(100, TEXTS[0]), (104, printable(TEXTS[4]))]
 
 
 def test_printable_keeps_text_and_replaces_what_a_terminal_obeys():

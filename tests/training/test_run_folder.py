@@ -14,7 +14,14 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.training import run_folder
 from llmq_jax.training.checkpoints import INFO, Checkpoints
-from llmq_jax.training.run_folder import RunFolder, differences, read_run_config, run_below, what_differs
+from llmq_jax.training.run_folder import (
+    RunFolder,
+    alike_but_for,
+    differences,
+    read_run_config,
+    run_below,
+    what_differs,
+)
 
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
 
@@ -107,6 +114,14 @@ def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits(tm
     assert (found["rate"], found["minimum"]) == (["0.3", "0.30000000000000004"], ["0.03", "0.04"])
 
 
+def test_an_option_of_the_engine_has_its_plain_name(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder, (steps, lr) in zip(folders, [(8, 0.1), (9, 0.1), (8, 0.2)], strict=True):
+        RunFolder(folder, {"lr": lr, "options": {"steps": steps}}).close()
+    assert alike_but_for("steps", folders) == [folders[:2], folders[2:]]
+    assert alike_but_for("lr", folders) == [folders[::2], folders[1:2]]
+
+
 def test_fields_that_change_no_result_may_change(tmp_path):
     begun(tmp_path / "run", CONFIG)
     other = {**CONFIG, "device": "gpu", "model": {"width": 4, "layers": 3}}
@@ -133,8 +148,8 @@ def test_the_digest_of_the_code_is_that_of_files_and_names_wherever_they_stand(t
         file.write_text(f"# {file.name}\n")
     monkeypatch.setattr(run_folder, "__file__", str(library / "training" / "run_folder.py"))
 
-    def digest(script):
-        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(script), __package__=""))
+    def digest(script, package=""):
+        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(script), __package__=package))
         return run_folder.code_digest.__wrapped__()
 
     before = digest(scripts[0])
@@ -145,6 +160,9 @@ def test_the_digest_of_the_code_is_that_of_files_and_names_wherever_they_stand(t
     scripts[0].write_text("# another\n")
     assert digest(scripts[0]) != before
     assert digest("<stdin>") != before  # of a script that is piped into Python, which is no file
+    alone, as_module = digest(scripts[1]), digest(scripts[1], "train")
+    (scripts[1].parent / "beside.py").write_text("")
+    assert digest(scripts[1]) == alone and digest(scripts[1], "train") != as_module
 
 
 def test_a_run_that_another_process_began_a_moment_ago_is_looked_at_again(tmp_path, monkeypatch):
@@ -212,10 +230,11 @@ def test_file_in_the_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_killed_while_it_began_is_still_new(tmp_path):
-    (tmp_path / "run.lock").write_text("123")
+    (tmp_path / "run.lock").write_text("123\n" * 30)  # longer than that of this process
     (tmp_path / ".config.json.partial").write_text("{")
     with RunFolder(tmp_path, CONFIG) as folder:
         assert not folder.resumed
+        folder.require_in_place()
     assert sorted(os.listdir(tmp_path)) == ["config.json", "run.lock"]
 
 

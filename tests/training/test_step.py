@@ -109,14 +109,16 @@ def test_only_the_trainable_collection_moves():
             return {"loss": jnp.ones(())}
 
         def loss(self, variables, batch, weights, rng):
-            return jnp.sum(variables["lora"]["kernel"] * variables["params"]["kernel"] * batch["x"].sum()), {}, {}
+            found = {"min_reward": batch["x"].min(), "max_reward": -batch["x"].max()}
+            return jnp.sum(variables["lora"]["kernel"] * variables["params"]["kernel"] * batch["x"].sum()), found, {}
 
     variables = {"params": {"kernel": jnp.ones(3)}, "lora": {"kernel": jnp.ones(3)}}
     state = create_state(variables, SGD, trainable="lora")
-    state, metrics = make_train_step(Sum(), SGD)(state, {"x": np.ones((2, 1), np.float32)})
+    state, metrics = make_train_step(Sum(), SGD, accumulate=2)(state, {"x": np.array([[0.5], [1.5]], np.float32)})
     np.testing.assert_array_equal(state.variables["params"]["kernel"], np.ones(3))
     np.testing.assert_allclose(state.variables["lora"]["kernel"], np.zeros(3))
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(12.0), rtol=1e-6)
+    assert (metrics["min_reward"], metrics["max_reward"]) == (0.5, -0.5)  # not the 0 that sums begin with
 
 
 def test_metrics_of_replicas_are_those_of_the_batch():
@@ -167,6 +169,9 @@ def test_bfloat16_compute_keeps_float32_masters():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(BadInput, match="4 rows cannot be cut into 3 equal micro-batches"):
         make_train_step(NextToken(build(CONFIG)), SGD, accumulate=3)(fresh(SGD), ragged_batch(0))
+    groups = SimpleNamespace(model=build(CONFIG), group_size=4, weights=lambda batch, step: {})
+    with pytest.raises(BadInput, match="cannot be cut into 2 equal micro-batches of whole groups of 4"):
+        make_train_step(groups, SGD, accumulate=2)(fresh(SGD), ragged_batch(0))
 
 
 @pytest.mark.parametrize(
