@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.backend import use_device
+from llmq_jax.backend import Device, use_device
 from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput, at_place, did_you_mean
 from llmq_jax.options import Positional, default_is, option_name
@@ -44,7 +44,7 @@ class Options:
     gradients to their largest element. For bf16: mean KL divergence in nats."""
     inject: Annotated[str | None, default_is("nothing")] = None
     """Perturb a parameter of ours, given by either side's name, to see that the check finds it."""
-    device: Literal["auto", "cpu", "gpu"] = "cpu"
+    device: Device = "cpu"
     """Where our side computes."""
 
     @property

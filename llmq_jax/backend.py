@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 from llmq_jax.errors import BadInput
 
+Device = Literal["auto", "cpu", "gpu", "tpu"]
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # JAX's names, and those of this package's extras
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 
 
-def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
+def use_device(device: Device) -> None:
     """Bind JAX to a kind of device, before its first use; BadInput when there is none of that kind.
 
     "auto" leaves the choice to JAX, which takes the fastest kind that it finds. What is compiled is kept from now on
@@ -33,7 +35,7 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
     if device == "auto":
         return
     before = settings.jax_platforms
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
+    jax.config.update("jax_platforms", PLATFORMS[device])
     try:
         found = jax.default_backend()
     except (RuntimeError, AssertionError):  # JAX has no such backend, could not start it, or (asserting) sees no GPU
@@ -41,8 +43,8 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
     if found != device:
         jax.config.update("jax_platforms", before)
         raise BadInput(
-            f"--device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for your GPU: "
-            f"pip install -e '.[cuda]'"
+            f"--device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for your "
+            f"{device.upper()}: pip install -e '.[{PLATFORMS[device]}]'"
         )
 
 

@@ -27,7 +27,7 @@ from llmq_jax.generation.generate import generate
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.layers.axes import axis_sizes, replicated
+from llmq_jax.layers.axes import axis_sizes, replicated, target_platform
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
 from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output, rounded
@@ -78,7 +78,7 @@ class LanguageModel:
 
         Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked.
         """
-        backend = jax.default_backend()
+        backend = target_platform()
         # On a mesh, joined kernels would be divided at other rows than apart.
         joined = not axis_sizes() and (backend == "cpu" or (backend == "gpu" and batch == 1))
         apart = not axis_sizes() and self._experts_apart(batch)
@@ -103,7 +103,7 @@ class LanguageModel:
         On a CPU a loop over stacked layers copies the weights of each out of the stack, which for short prompts takes
         longer than the products. With experts that lie apart, longer prompts are read from the stack.
         """
-        if axis_sizes() or jax.default_backend() != "cpu":
+        if axis_sizes() or target_platform() != "cpu":
             return self.variables, None
         if self._experts_apart(batch) and tokens > LONGEST_PROMPT_APART:
             return self.variables, None

@@ -48,7 +48,7 @@ OURS = {
     "dtype": ("bf16", "fp16", "bfloat16", "float16", "precision", "torch_dtype"),
     "remat": ("activation_checkpointing", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
     "attention": ("attn_implementation", "flash_attention"),
-    "device": ("use_cpu", "cpu", "gpu"),
+    "device": ("use_cpu", "cpu", "gpu", "tpu"),
     "mesh": ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "gpus", "num_gpus", "devices"),
     "log_every": ("log_interval", "logging_steps"),
     "evaluate_every": ("eval_every", "eval_interval", "eval_steps", "eval_strategy", "evaluation_strategy"),
@@ -96,7 +96,7 @@ VALUES = {
     **dict.fromkeys(("use_peft", "use_lora"), "lora"),
     **dict.fromkeys(("use_dora", "dora"), "dora"),
     **dict.fromkeys(("use_cpu", "cpu"), "cpu"),
-    "gpu": "gpu",
+    **{name: name for name in ("gpu", "tpu")},
 }
 """{one of these names that says the value itself: the value here}."""
 

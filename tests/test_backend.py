@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from llmq_jax.backend import use_device
 
 
-def test_device_that_is_not_there_is_refused():
+@pytest.mark.parametrize(("device", "extra"), [("gpu", "cuda"), ("tpu", "tpu")])
+def test_device_that_is_not_there_is_refused(device, extra):
     """In a process of its own: JAX binds to its devices once."""
-    program = "from llmq_jax.backend import use_device\nuse_device('gpu')"
+    program = f"from llmq_jax.backend import use_device\nuse_device('{device}')"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert "BadInput: --device gpu: JAX finds no GPU here; use --device cpu" in ended.stderr
+    told = f"BadInput: --device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for"
+    assert told in ended.stderr and f"pip install -e '.[{extra}]'" in ended.stderr
 
 
 def test_device_that_is_there_is_used():

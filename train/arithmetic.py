@@ -12,9 +12,9 @@ those before it (Lee et al. 2023, arXiv:2307.03381).
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llmq_jax.backend import use_device
+from llmq_jax.backend import Device, use_device
 from llmq_jax.command_line import run
 from train import grpo
 
@@ -51,7 +51,7 @@ class Options:
     """Seed of the split, the model and the run."""
     steps: int = 350
     """Steps of GRPO, after the warm-up."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
 
 

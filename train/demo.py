@@ -7,8 +7,8 @@ is the figure that counts. A second call finds the run finished and repeats only
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from llmq_jax.backend import Device
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from train import pretrain
@@ -24,7 +24,7 @@ class Options:
     """Run folder; the export goes to a folder beside it, with -hf after its name."""
     steps: int = pretrain.RUNS["demo"].steps
     """Training steps (optimizer updates) in the whole run. With fewer, the validation loss will miss its bound."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
 
 

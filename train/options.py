@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from llmq_jax.backend import Device
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, option_name, refuse_idle
 
@@ -60,7 +61,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
     mesh: Annotated[str | None, default_is("one device")] = None
     """Number of devices along the mesh axes data, fsdp, expert and tensor, such as data=2,fsdp=4; see

@@ -9,7 +9,7 @@ run does not fit.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmq_jax.backend import use_device
 from llmq_jax.command_line import run
@@ -17,6 +17,11 @@ from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, named_as_options, option_name
 from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of
 from train.pretrain import RUNS, default_tokenizer, new_config, require_preset
+
+if TYPE_CHECKING:
+    from llmq_jax.training.plan import Run
+
+DEVICE_MEMORY = 80.0  # GiB
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,11 @@ class Options:
     ] = None
     """How attention within a sequence is computed: by the plain formula (plain), with all scores at once (masked), or
     block by block (blocked). See docs/attention.md."""
-    device_memory: float = 80.0
+    device_memory: Annotated[float | None, default_is(f"{DEVICE_MEMORY:.0f}")] = None
     """Memory of a device, in GiB."""
+    compile_for: Annotated[str | None, default_is("no; plan", metavar="TPU:SHAPE")] = None
+    """Compile the step for a TPU slice, v5e:4x4 or v5p:2x2x4, and report what its compiler says, in place of a plan.
+    Needs no TPU, but libtpu, and minutes. Attention is then "auto" by default."""
 
 
 def main(options: Options) -> int:
@@ -68,6 +76,10 @@ def main(options: Options) -> int:
     config = model_of_run(options.preset) if options.preset in RUNS else preset(options.preset)
     config = override(config, **fields_from_text(type(config), options.config))
     sizes = mesh_sizes(options.mesh)
+    if options.compile_for is not None and options.device_memory is not None:
+        raise BadInput("--device-memory has no effect with --compile-for: the compiler knows the TPU's; leave it out")
+    windowed = getattr(config, "sliding_window", None)
+    automatic = "auto" if options.compile_for else "blocked" if windowed else "masked"
     given = Run(
         config,
         sizes,
@@ -78,15 +90,44 @@ def main(options: Options) -> int:
         remat=options.remat,
         optimizer=options.optimizer,
         moments=options.moments,
-        attention=options.attention or ("blocked" if getattr(config, "sliding_window", None) else "masked"),
+        attention=options.attention or automatic,
     )
+    if options.compile_for is not None:
+        return compiled(given, options.compile_for)
     with named_as_options("attention"):
-        found, memory = plan(given), round(options.device_memory * 2**30)
+        found, memory = plan(given), round((options.device_memory or DEVICE_MEMORY) * 2**30)
     print(plan_text(found, memory), flush=True)
     if found.total <= memory:
         return 0
     print(changes_text(found, memory))
     return 1
+
+
+def compiled(given: "Run", slice_name: str) -> int:
+    """Print what the compiler of a TPU says of the step; returns the exit code."""
+    from jax.errors import JaxRuntimeError
+
+    from llmq_jax.training.compiled_plan import compile_step, topology_devices
+    from llmq_jax.training.out_of_memory import shortage, size
+
+    devices, wanted = topology_devices(slice_name), math.prod(given.sizes.values())
+    if wanted not in (1, len(devices)):
+        raise BadInput(f"--mesh is for {wanted} devices, and --compile-for {slice_name} has {len(devices)}")
+    kind = devices[0].device_kind
+    where = f"each of {wanted:,} devices, {kind}" if wanted > 1 else f"the device, {kind}"
+    print(f"compiling for {wanted:,} x {kind}; this takes minutes", flush=True)
+    try:
+        with named_as_options("attention"):
+            memory = compile_step(given, devices[:wanted])
+    except JaxRuntimeError as error:
+        short = shortage(error)
+        if short is None:
+            raise
+        print(f"does not fit {where}: {short}; try --remat dots, a smaller --batch-size or --context, or more devices")
+        return 1
+    held, beside = size(memory.held), size(memory.beside)
+    print(f"fits {where}: {held} of parameters, moments and batch, and {beside} beside them in a step")
+    return 0
 
 
 def model_of_run(name: str) -> Any:

@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from llmq_jax.backend import use_device
+from llmq_jax.backend import Device, use_device
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, option_name
 
@@ -15,7 +15,7 @@ LESS = ("context", "max_length", "max_new_tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: Device = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
     mesh: Annotated[str | None, default_is("one device")] = None
     """Number of devices along the mesh axes data, fsdp, expert and tensor, such as fsdp=2,tensor=4; see

@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, marked, sample
-from llmq_jax.layers.axes import axis_sizes, constrain, replicated
+from llmq_jax.layers.axes import axis_sizes, constrain, replicated, target_platform
 from llmq_jax.models.decoder import Decoder, Output
 
 
@@ -135,7 +135,7 @@ def divided(caches: Caches) -> Caches:
 def in_order(caches: Caches) -> Caches:
     """Caches that a loop updates, with the order of their axes in memory kept. XLA's GPU backend would otherwise turn
     some around before the loop and back after it, in as much memory again. On a mesh it would join them for that."""
-    if jax.default_backend() != "gpu" or axis_sizes():
+    if target_platform() != "gpu" or axis_sizes():
         return caches
     ordered: Caches = jax.tree.map(lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim)))), caches)
     return ordered

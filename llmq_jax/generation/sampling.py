@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.defaults import TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import check_fields
+from llmq_jax.layers.axes import target_platform
 
 NEVER = float("-inf")
 LEAST_TEMPERATURE = 1e-30
@@ -93,7 +94,7 @@ def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Arra
     the vocabulary take a fortieth of the time that sorting takes. On a GPU, where a pass takes as long as launching it,
     each of 10 finds three bits. Equally probable tokens stay together.
     """
-    at_once, unroll = (3, True) if jax.default_backend() == "gpu" else (1, False)
+    at_once, unroll = (3, True) if target_platform() == "gpu" else (1, False)
     digits = jnp.arange(1, 2**at_once)
 
     def next_bits(index: Array, found: Int[Array, "B 1"]) -> Int[Array, "B 1"]:

@@ -12,18 +12,15 @@ Self-attention has four implementations, equal in values and gradients, with and
 - masked: all T x T scores under a mask as well, with a hand-written gradient, in fewer passes over the scores;
 - blocked: blocks of queries, each scored only against keys that some of its queries may see; in layers with a window,
   linear in T in time and in memory, forward and backward (`window_attention.py`);
-- fused: the accelerator's own kernel, which never stores the scores in memory.
+- fused: the accelerator's own kernel, which never stores the scores in memory (`fused_attention.py`).
 
 Projections give [B, T, heads, H]; products over positions need heads before positions. Queries, keys and values are
 transposed once on the way in and the result once on the way out (caches hold keys and values in that order already):
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from inspect import Parameter, signature
-from threading import RLock
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +30,8 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from llmq_jax.errors import BadInput, close_names, did_you_mean
-from llmq_jax.layers.axes import TENSOR, axis_sizes
+from llmq_jax.layers.axes import target_device, target_platform
+from llmq_jax.layers.fused_attention import fused_attention, obstacle_to_fused
 from llmq_jax.layers.positions import Rotation
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
@@ -42,7 +40,7 @@ IMPLEMENTATIONS = ("auto", "plain", "masked", "blocked", "fused")
 # What "auto" chooses, by backend: (in layers without a window, in layers with one). On other backends, and where the
 # fused kernel cannot run, it chooses ELSEWHERE. To run a formula that you change in `attend` everywhere, write
 # ("plain", "plain") for your backend (docs/attention.md).
-AUTOMATIC = {"cpu": ("blocked", "blocked"), "gpu": ("fused", "fused")}
+AUTOMATIC = {"cpu": ("blocked", "blocked"), "gpu": ("fused", "fused"), "tpu": ("fused", "fused")}
 ELSEWHERE = ("masked", "blocked")
 # Into how many blocks a sequence is cut in layers without a window: few, because each is compiled separately. Below
 # the shortest length, a block costs more than the masked scores that it skips.
@@ -117,7 +115,7 @@ def attention(
     else:
         cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
         # Of one query XLA's GPU backend makes one kernel of the whole softmax, so that `lean_attend` saves no pass.
-        one = query.shape[2] == 1 and jax.default_backend() == "gpu"
+        one = query.shape[2] == 1 and target_platform() == "gpu"
         if one or reads_plainly(context.implementation, window is not None):
             mixed = plain_attention(query, keys, values, (context.positions, key_positions), **options)
         else:
@@ -171,7 +169,8 @@ def self_attention(
         heads=(query.shape[1], key.shape[1]),
     ).name
     if name == "fused":
-        return _fused(query, key, value, context, scale, window)
+        segments = None if context.padded_on_the_right else context.segment_ids
+        return fused_attention(query, key, value, segments, scale=scale, window=window, softcap=softcap)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_rate": dropout_rate}
     if name == "plain":
         positions, segments = context.positions, context.segment_ids
@@ -228,7 +227,7 @@ def choose(
     """The implementation to run for a name, which may be "auto"; `heads` are the numbers of query and of key heads,
     which a mesh may divide. BadInput: the name is unknown, or it is "fused" and that cannot run."""
     check_implementation(name)
-    device = device or jax.devices()[0]
+    device = device or target_device()
     windowed, automatic = window is not None, name == "auto"
     if automatic:
         name = _automatic(device, windowed)
@@ -237,7 +236,7 @@ def choose(
     obstacle = None
     if name == "fused":
         widths = head_dim, head_dim if value_dim is None else value_dim
-        obstacle = _fused_obstacle(device, widths, dtype, softcap, dropout, heads)
+        obstacle = obstacle_to_fused(device, widths, dtype, softcap, dropout, heads)
         if obstacle is not None:
             if not automatic:
                 raise BadInput(f"attention='fused' cannot run: {obstacle}; take 'blocked' or 'auto'")
@@ -252,7 +251,7 @@ def _automatic(device: Any, windowed: bool) -> str:
 def reads_plainly(name: str, windowed: bool) -> bool:
     """Whether a cache is read by the formula as it is written ("plain"). All other implementations read it in one and
     the same way, whether or not they can run here."""
-    return (_automatic(jax.devices()[0], windowed) if name == "auto" else name) == "plain"
+    return (_automatic(target_device(), windowed) if name == "auto" else name) == "plain"
 
 
 def query_blocks(
@@ -289,80 +288,3 @@ def query_blocks(
             options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": drop}
             outputs.append(attend(*rows, scale=scale, **options))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
-
-
-def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:
-    """cuDNN's flash attention. Its window counts tokens of the row, which within a segment equals positions. It needs
-    values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks, and in
-    JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see. Nor
-    do they see padding on the right, so that this needs no mask."""
-    segments, length, width = context.segment_ids, query.shape[2], value.shape[-1]
-    segments = None if context.padded_on_the_right else segments
-    value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
-    if length % 2:
-        query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (query, key, value))
-        segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, 1)))
-    with _no_gradient_of_masks():
-        mixed = jax.nn.dot_product_attention(
-            query.swapaxes(1, 2),
-            key.swapaxes(1, 2),
-            value.swapaxes(1, 2),
-            mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None or window >= length else (window - 1, 0),
-            implementation="cudnn",
-        )
-    return mixed[:, :length, :, :width].swapaxes(1, 2)
-
-
-_PATCHING = RLock()
-
-
-@contextmanager
-def _no_gradient_of_masks() -> Iterator[None]:
-    """JAX gives cuDNN a mask as numbers to be added to the scores, and up to 0.10.2 asks it for their gradient too: a
-    sum over heads [B, 1, T, T] in every layer that nobody reads, and that some of cuDNN's kernels cannot compute."""
-    module: Any = sys.modules.get("jax._src.cudnn.fused_attention_stablehlo")
-    with _PATCHING:
-        asks = getattr(module, "should_export_dbias", None)
-        if asks is None:  # a newer JAX
-            yield
-            return
-        module.should_export_dbias = lambda *shapes: False
-        try:
-            yield
-        finally:
-            module.should_export_dbias = asks
-
-
-def _fused_obstacle(
-    device: Any,
-    widths: tuple[int, int],
-    dtype: Any,
-    softcap: float | None,
-    dropout: bool,
-    heads: tuple[int, int],
-) -> str | None:
-    """Why cuDNN's kernel cannot run, if it cannot (`jax.nn.dot_product_attention`, implementation="cudnn")."""
-    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]
-    if not generation.isdigit() or int(generation) < 8:
-        return f"it is a kernel of NVIDIA GPUs from Ampere on, and this is {device.device_kind}"
-    # Of gradients: Hopper's kernels alone have wider ones. JAX's own check lets Blackwell through, where cuDNN has no
-    # engine for keys of 192 features with values as wide, nor a GeForce for any above 128.
-    widest = 256 if int(generation) == 9 else 128
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 (--dtype bfloat16) or float16, not in {jnp.dtype(dtype)}"
-    if softcap is not None:
-        return "it has no softcap on the scores"
-    if dropout:
-        return "it has no dropout with our keys"
-    head_dim, value_dim = widths
-    if value_dim > head_dim:
-        return f"its values are no wider than its keys, and here {value_dim} features beside {head_dim}"
-    if head_dim % 8 or head_dim > widest:
-        return f"its heads have a multiple of 8 features, here at most {widest}, not {head_dim}"
-    parts = axis_sizes().get(TENSOR, 1)
-    if heads[0] % parts == 0 and heads[1] % parts:
-        return f"heads of queries and keys must be divided alike, and tensor={parts} divides {heads[0]}, not {heads[1]}"
-    return None

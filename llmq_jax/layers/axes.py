@@ -114,6 +114,19 @@ def axis_sizes() -> dict[str, int]:
     return {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if name in MESH_AXES}
 
 
+def target_device() -> Any:
+    """A device of the kind that a program being traced is for: of the current mesh, whose devices may be described and
+    not be here (`training/compiled_plan.py`), or else the first that JAX has."""
+    here, described = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+    return here if described is None or described.platform == here.platform else described
+
+
+def target_platform() -> str:
+    """ "cpu", "gpu" or "tpu": the kind of `target_device`."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if described is None else described.platform
+
+
 def _constrained(x: Array, spec: PartitionSpec) -> Array:
     constrained: Array = jax.lax.with_sharding_constraint(x, spec)
     return constrained

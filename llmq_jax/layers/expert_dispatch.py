@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.layers.axes import target_platform
 from llmq_jax.layers.expert_blocks import block_lengths, in_blocks
 from llmq_jax.layers.expert_weights import Activation, ExpertWeights
 from llmq_jax.layers.experts_apart import through_chosen
@@ -164,12 +165,12 @@ def choose(name: str) -> str:
     check_implementation(name)
     if name != "auto":
         return name
-    return ON_GPU if jax.default_backend() == "gpu" and works_here() else AUTOMATIC
+    return ON_GPU if target_platform() == "gpu" and works_here() else AUTOMATIC
 
 
 def apart_pays(implementation: str, num_experts: int, rows: int) -> bool:
     """Whether decoding of so many rows is faster with experts that lie apart (off a mesh)."""
-    on_cpu = jax.default_backend() == "cpu" and choose(implementation) == "blocks"
+    on_cpu = target_platform() == "cpu" and choose(implementation) == "blocks"
     return on_cpu and num_experts <= MOST_APART and rows <= MOST_ROWS_APART
 
 

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import target_platform
 
 # Triton multiplies tiles of at least 16 x 16. Three steps of rows and matrix are in flight at once, 96 KiB of shared
 # memory in all, which every GPU since Ampere has.
@@ -162,7 +163,7 @@ def _call(kernel: Any, shape: Any, programs: int, length: int) -> Callable[..., 
     """`length`: the height of a tile."""
     from jax.experimental.pallas import triton
 
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = target_platform() == "gpu"
     parameters = triton.CompilerParams(num_warps=8 if length == MOST else 4, num_stages=STAGES)
     call: Callable[..., Array] = pl.pallas_call(
         kernel, out_shape=shape, grid=(programs,), compiler_params=parameters, interpret=not on_gpu

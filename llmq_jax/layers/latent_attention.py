@@ -33,6 +33,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from llmq_jax.layers.attention import Context, plain_attention, reads_plainly, self_attention
+from llmq_jax.layers.axes import target_platform
 from llmq_jax.layers.caches import LatentCache
 from llmq_jax.layers.linear import KERNEL, Linear, by_input, flat_by_output, side_by_side
 from llmq_jax.layers.lora import MAGNITUDE, adapters, factors, magnitude_ratio
@@ -229,10 +230,10 @@ def attend_to_latents(
     mixed latents; the rest, mixed rotated keys, is of no use."""
     batch, length, heads, width = query.shape
     rows = query.reshape(batch, length * heads, width)
-    if jax.default_backend() == "gpu":  # whose softmax is one kernel if the scores of a query lie side by side
-        scores = jnp.einsum("bmc,bsc->bms", rows, latents, preferred_element_type=jnp.float32)
-    else:  # q Cᵀ, formed as (C qᵀ)ᵀ: XLA's CPU backend then transposes the small arrays, not C.
+    if target_platform() == "cpu":  # q Cᵀ, formed as (C qᵀ)ᵀ: its backend then transposes the small arrays, not C.
         scores = jnp.einsum("bsc,bmc->bsm", latents, rows, preferred_element_type=jnp.float32).mT
+    else:  # A GPU's softmax is one kernel if the scores of a query lie side by side.
+        scores = jnp.einsum("bmc,bsc->bms", rows, latents, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, :, None], scores.reshape(batch, length, heads, -1) * scale, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype).reshape(batch, length * heads, -1)
     return jnp.einsum("bms,bsc->bmc", weights, latents).reshape(query.shape)

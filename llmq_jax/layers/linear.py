@@ -12,7 +12,7 @@ from flax import struct
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from llmq_jax.layers.axes import axis_sizes
+from llmq_jax.layers.axes import axis_sizes, target_platform
 from llmq_jax.layers.lora import EXPERT_KERNELS, LORA, LORA_FIXED, adapted
 from llmq_jax.layers.repetition import repeated
 
@@ -115,7 +115,7 @@ def _by_rows(x: Float[Array, "*batch D"], kernel: Float[Array, "out D"], dtype: 
 
 def times_transposed(rows: Float[Array, "M D"], matrix: Float[Array, "out D"]) -> Float[Array, "M out"]:
     """x Wᵀ. On a mesh in the usual form, in which the rows that a device holds are those that it computes."""
-    few = 1 < len(rows) <= FEW_ROWS and jax.default_backend() == "cpu" and not axis_sizes()
+    few = 1 < len(rows) <= FEW_ROWS and target_platform() == "cpu" and not axis_sizes()
     return _matrix_first(rows, matrix) if few else _rows_first(rows, matrix)
 
 
@@ -125,7 +125,7 @@ def _rows_first(rows: Array, matrix: Array, depth: int = 1) -> Array:
     up with zeros; but not for a few rows, for which the matrix is read only once."""
     width, size = matrix.shape[1 - depth], matrix.dtype.itemsize
     uneven = matrix.ndim == 2 and width * size % 16 != 0 and len(rows) > FEW_ROWS
-    missing = -width % (ROW_BYTES // size) if uneven and jax.default_backend() == "gpu" else 0
+    missing = -width % (ROW_BYTES // size) if uneven and target_platform() == "gpu" else 0
     if missing:
         matrix = jnp.pad(matrix, [(0, 0 if axis == depth else missing) for axis in (0, 1)])
     product: Array = jax.lax.dot_general(rows, matrix, (((1,), (depth,)), ((), ())))

@@ -7,12 +7,12 @@ decoder takes any of them.
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
+from llmq_jax.layers.axes import target_platform
 from llmq_jax.layers.repetition import repeated
 
 
@@ -22,7 +22,7 @@ def mean(x: Float[Array, "*batch D"], epsilon: float = 0.0) -> Float[Array, "*ba
     Of a single vector, as in decoding one row, both constants go into the terms of the sum: XLA's GPU backend makes one
     kernel of a norm, which the product after it may join, unless a constant stands between the sum and its use.
     """
-    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
+    if x.size == x.shape[-1] and target_platform() == "gpu":
         return ((x + epsilon) / x.shape[-1]).sum(-1, keepdims=True)
     return x.mean(-1, keepdims=True) + epsilon
 

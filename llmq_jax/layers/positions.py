@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import LARGEST_FLOAT
+from llmq_jax.layers.axes import target_platform
 
 
 class Rotation(struct.PyTreeNode):
@@ -60,10 +61,10 @@ def _cos_and_sin(angles: Float[Array, "B T half"], scale: Float[Array, ""]) -> t
     """Kept apart from what uses them: XLA would fuse them into it and recompute them wherever a query or a key is
     rotated, in each layer and head, forward and backward, which on a CPU takes twenty times as long as the rotation.
 
-    On a GPU a barrier keeps them apart. XLA's CPU backend takes barriers out before it fuses, but not loops; a loop
-    would cut the decoding of each token on a GPU into several CUDA graphs.
+    On an accelerator a barrier keeps them apart. XLA's CPU backend takes barriers out before it fuses, but not loops; a
+    loop would cut the decoding of each token on a GPU into several CUDA graphs.
     """
-    if jax.default_backend() == "gpu":
+    if target_platform() != "cpu":
         kept: tuple[Array, Array] = jax.lax.optimization_barrier((jnp.cos(angles) * scale, jnp.sin(angles) * scale))
         return kept
     cos, sin = _in_a_loop(angles, scale)

@@ -1,8 +1,9 @@
 """Parameters that all tokens share, repeated for each of them, and weights of tokens, for each of their features."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from llmq_jax.layers.axes import target_platform
 
 
 def repeated(parameter: Float[Array, "..."], like: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -13,6 +14,6 @@ def repeated(parameter: Float[Array, "..."], like: Float[Array, "..."]) -> Float
     addition, and what is small beside the sum so far is lost. XLA's CPU backend rounds a few partial sums only.
     """
     rounded = parameter.astype(like.dtype)
-    if jnp.finfo(like.dtype).bits >= 32 or jax.default_backend() == "cpu":
+    if jnp.finfo(like.dtype).bits >= 32 or target_platform() == "cpu":
         return rounded
     return jnp.broadcast_to(rounded.astype(jnp.float32), like.shape).astype(like.dtype)

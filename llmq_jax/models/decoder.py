@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import refuse_consumed
 from llmq_jax.layers.attention import Choice, Context, check_implementation, choose
-from llmq_jax.layers.axes import constrain
+from llmq_jax.layers.axes import constrain, target_platform
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, each_own_kernel
 from llmq_jax.layers.lora import LORA, LORA_FIXED, measured, merge, spread
@@ -408,7 +408,7 @@ class Decoder(nn.Module):
         otherwise than learning, and merging, to W + s A B, rounds a small update away: what answers would not be the
         policy that learns."""
         types = {np.dtype(self.compute_dtype(variables)), weight_type(variables["params"])}
-        return types == {np.dtype(np.float32)} and jax.default_backend() == "cpu"
+        return types == {np.dtype(np.float32)} and target_platform() == "cpu"
 
     @nn.nowrap
     def slice_caches(self, caches: dict[str, Any]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ are chunks that count has no automatic one. Nor has that gradient one in reverse
 `jax.hessian`, works.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,22 +18,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import by_group, constrain, row_groups
+from llmq_jax.layers.axes import by_group, constrain, row_groups, target_platform
 
 _taken = by_group(lambda x, places: x[places])
 
 
-def chunk_tokens(vocabulary: int, *, elements: int, on_gpu: int, shortest: int) -> int:
-    """Tokens of a chunk whose logits have up to `elements` elements, though at least `shortest`. On a GPU they have up
-    to `on_gpu`, and the tokens are a power of two, which divides most batches and suits its products.
+def chunk_tokens(vocabulary: int, *, elements: Mapping[str, int], shortest: int) -> int:
+    """Tokens of a chunk whose logits have up to so many `elements`, by backend, though at least `shortest` tokens. On a
+    GPU or TPU they are a power of two, which divides most batches and suits its products.
 
     A chunk of n tokens takes 6 n D V FLOP, and the head, its cast and its gradient are some 20 D V bytes to read and
-    write. A GPU that computes 300 FLOP in the time of one byte (an H100) therefore waits for its memory, unless n is
-    well above 1,000.
+    write. A device that computes 300 FLOP in the time of one byte (an H100; 560: a TPU v6e) therefore waits for its
+    memory, unless n is well above 1,000.
     """
-    if jax.default_backend() != "gpu":
-        return max(shortest, elements // vocabulary)
-    return max(shortest, 1 << ((on_gpu // vocabulary).bit_length() - 1))
+    platform = target_platform()
+    tokens = max(shortest, elements.get(platform, elements["cpu"]) // vocabulary)
+    return 1 << (tokens.bit_length() - 1) if platform in ("gpu", "tpu") else tokens
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, perturbed_leaves
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
-CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**25, 2**29
+CHUNK_ELEMENTS = {"cpu": 2**25, "gpu": 2**29, "tpu": 2**28}
 SHORTEST_CHUNK = 128
 
 Unembed = Callable[[Any, Array], Array]
@@ -49,9 +49,7 @@ def chunked_cross_entropy(
     """
     if chunk_size is None:
         vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
-        chunk_size = chunk_tokens(
-            vocabulary, elements=CHUNK_ELEMENTS, on_gpu=GPU_CHUNK_ELEMENTS, shortest=SHORTEST_CHUNK
-        )
+        chunk_size = chunk_tokens(vocabulary, elements=CHUNK_ELEMENTS, shortest=SHORTEST_CHUNK)
     loss: Array = _summed_loss(unembed, chunk_size, gathered_over_fsdp(head), hidden, targets, mask)
     return loss
 

@@ -21,7 +21,7 @@ from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_
 
 # Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
 # head's gradient.
-CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**24, 2**28
+CHUNK_ELEMENTS = {"cpu": 2**24, "gpu": 2**28, "tpu": 2**27}
 SHORTEST_CHUNK = 64
 
 Measure = Callable[[Float[Array, "N V"], Int[Array, " N"]], Float[Array, " N"]]
@@ -176,9 +176,7 @@ def _measured(
     measures: tuple[Measure, ...],
 ) -> tuple[Float[Array, "B T"], ...]:
     """Each measure of the predicted log-probabilities and the target, at every token, times the mask."""
-    chunk_size = chunk_tokens(
-        model.config.vocab_size, elements=CHUNK_ELEMENTS, on_gpu=GPU_CHUNK_ELEMENTS, shortest=SHORTEST_CHUNK
-    )
+    chunk_size = chunk_tokens(model.config.vocab_size, elements=CHUNK_ELEMENTS, shortest=SHORTEST_CHUNK)
 
     def of_rows(head: dict[str, Any], rows: Array, target: Array) -> tuple[Array, ...]:
         logits = model.apply(head, rows, method="unembed") / temperature

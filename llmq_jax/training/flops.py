@@ -45,9 +45,14 @@ PEAKS = {
     "A100-(SXM4|PCIE)-40GB": Peak(312e12, 1.555e12),
     "A100": Peak(312e12, 2.04e12),
     "B200": Peak(2250e12, 8.0e12),
+    "TPU v4$": Peak(275e12, 1.23e12),
+    "TPU v5(e| lite)": Peak(197e12, 0.82e12),
+    "TPU v5p?$": Peak(459e12, 2.77e12),
+    "TPU v6(e| lite)": Peak(918e12, 1.64e12),
+    "TPU7x": Peak(1154e12, 3.69e12),  # half a chip, which is two devices
 }
 """{pattern: peak}, where the first pattern found in a device's name counts; of SXM boards where the name does not say.
-From NVIDIA's data sheets."""
+From the data sheets of NVIDIA and Google."""
 
 
 def peak_of(device_kind: str) -> Peak | None:

@@ -94,13 +94,18 @@ class Plan:
         return self.held.total() + self.held[PARAMETERS]
 
 
-def plan(run: Run) -> Plan:
+def check(run: Run) -> None:
     """BadInput for a mesh or a batch that cannot be."""
     check_mesh(run.sizes, _abstract_state(run.config, run.optimizer, run.moments, run.dtype).variables)
     check_rows(run.batch_size, run.accumulate, run.sizes)
     longest = run.config.max_position_embeddings
     if run.context > longest:
         raise BadInput(f"a context of {run.context} exceeds the model's, {longest}; choose a shorter one")
+
+
+def plan(run: Run) -> Plan:
+    """What a device of the mesh needs and sends. BadInput as from `check`."""
+    check(run)
     auto = (AxisType.Auto,) * len(MESH_AXES)
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(run.sizes.values()), MESH_AXES, axis_types=auto)):
         step, state, batch = abstract_step(run)

@@ -316,10 +316,13 @@ def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
 
 LAYER = {"head_dim": 64, "dtype": jnp.bfloat16}
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
-TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+OLD_TPU = SimpleNamespace(platform="tpu", device_kind="TPU v3")
+OTHER = SimpleNamespace(platform="METAL", device_kind="Metal")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 AMPERE = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
 BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
+RUNS_ON = "it is a kernel of NVIDIA GPUs from Ampere and of TPUs from v4 on"
 OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capability="gfx942")
 
 
@@ -345,8 +348,13 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
         ("blocked", HOPPER, 64, {"softcap": 50.0}),
         ("blocked", HOPPER, 64, {"dtype": jnp.float32}),
         ("blocked", OTHER_GPU, 64, {}),
-        ("blocked", TPU, 64, {}),
-        ("masked", TPU, None, {}),
+        ("fused", TPU, 64, {}),
+        ("fused", TPU, None, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 80, "value_dim": 96}),
+        ("masked", TPU, None, {"dropout": True}),
+        ("masked", OLD_TPU, None, {}),
+        ("blocked", OLD_TPU, 64, {}),
+        ("masked", OTHER, None, {}),
+        ("blocked", OTHER, 64, {}),
     ],
 )
 def test_what_auto_takes(expected, device, window, more):
@@ -367,8 +375,10 @@ def test_auto_is_plain_where_someone_writes_so(device, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "more", "message"),
     [
-        (CPU, {}, "attention='fused' cannot run: it is a kernel of NVIDIA GPUs from Ampere on, and this is cpu; take "),
-        (OTHER_GPU, {}, "it is a kernel of NVIDIA GPUs from Ampere on, and this is AMD"),
+        (CPU, {}, f"attention='fused' cannot run: {RUNS_ON}, and this is cpu; take 'blocked' or 'auto'"),
+        (OTHER_GPU, {}, f"{RUNS_ON}, and this is AMD"),
+        (OLD_TPU, {}, f"{RUNS_ON}, and this is TPU v3"),
+        (TPU, {"dropout": True}, "it has no dropout"),
         (HOPPER, {"dtype": jnp.float32}, "it computes in bfloat16 (--dtype bfloat16) or float16, not in float32"),
         (HOPPER, {"softcap": 50.0}, "it has no softcap"),
         (HOPPER, {"dropout": True}, "it has no dropout"),

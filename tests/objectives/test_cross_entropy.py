@@ -140,8 +140,8 @@ def test_memory_stays_far_below_the_logits():
 
 @pytest.mark.parametrize(
     ("backend", "vocabulary", "tokens"),
-    [("cpu", 50257, 667), ("cpu", 128256, 261), ("gpu", 50257, 4096), ("gpu", 128256, 2048), ("gpu", 2**28, 128)],
+    [("cpu", 50257, 667), ("cpu", 128256, 261), ("gpu", 50257, 4096), ("tpu", 128256, 1024), ("tpu", 2**28, 128)],
 )
-def test_a_gpu_takes_few_chunks(backend, vocabulary, tokens, monkeypatch):
+def test_an_accelerator_takes_few_chunks(backend, vocabulary, tokens, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert chunk_tokens(vocabulary, elements=2**25, on_gpu=2**28, shortest=128) == tokens
+    assert chunk_tokens(vocabulary, elements={"cpu": 2**25, "gpu": 2**28, "tpu": 2**27}, shortest=128) == tokens

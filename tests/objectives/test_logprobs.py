@@ -50,7 +50,7 @@ def plain(model, variables, tokens, temperature=1.0):
 def small_chunks(monkeypatch):
     """Four tokens at a time."""
     monkeypatch.setattr(logprobs, "SHORTEST_CHUNK", 4)
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", {"cpu": 1})
 
 
 def test_values_and_gradients_are_those_of_the_plain_form(lm, small_chunks):

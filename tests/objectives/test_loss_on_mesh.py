@@ -54,7 +54,7 @@ def program() -> None:
     )
     model = lq.build(config)
     variables = jax.tree.map(np.asarray, lq.init(config))
-    logprobs.CHUNK_ELEMENTS, logprobs.SHORTEST_CHUNK = CHUNK * VOCABULARY, CHUNK
+    logprobs.CHUNK_ELEMENTS, logprobs.SHORTEST_CHUNK = {"cpu": CHUNK * VOCABULARY}, CHUNK
 
     def scores(variables, hidden, targets, mask):
         return logprobs.token_logprobs(model, variables, targets, mask).sum()

@@ -487,7 +487,7 @@ BAD = {
     "no context": (["--data", "TEXT", "--context", "0"], "--context is 0 and must be at least 1"),
     "no tokenizer": (["--data", "TEXT", "--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
     "device": (["--device", "gpu"], "--device gpu: JAX finds no GPU here; use --device cpu"),
-    "device choice": (["--device", "tpu"], "--device cannot be 'tpu': choose from auto, cpu, gpu"),
+    "device choice": (["--device", "npu"], "--device cannot be 'npu': choose from auto, cpu, gpu, tpu"),
     "no model": (["--init-from", "nowhere/x", "--out", "run"], "nowhere/x"),
     "nanoGPT's resume": (
         ["--init-from", "resume"],

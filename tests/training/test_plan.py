@@ -24,16 +24,15 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import AXES, path_names, sharding_of
 from llmq_jax.models import abstract_variables, override
 from llmq_jax.objectives.chunks import Chunks
 from llmq_jax.training import sharding
+from llmq_jax.training.compiled_plan import compile_step
 from llmq_jax.training.partitioner import groups, merged, most_rounds
-from llmq_jax.training.plan import Run, abstract_step, changes, changes_text, plan, plan_text
+from llmq_jax.training.plan import Run, changes, changes_text, plan, plan_text
 
 GIB = 2**30
 ROWS, TOKENS = 16, 128
@@ -79,19 +78,8 @@ def run_of(architecture: str, case: str) -> Run:
 
 def compiled_bytes(run: Run) -> dict:
     """What the compiler says of a device: bytes of arguments, and of all that lives at the peak."""
-    mesh = sharding.make_mesh(",".join(f"{axis}={size}" for axis, size in run.sizes.items()))
-    with jax.set_mesh(mesh):
-        step, state, batch = abstract_step(run)
-        rows = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
-        of_state = jax.tree_util.tree_map_with_path(lambda path, leaf: sharding_of(path_names(path), leaf), state)
-        places = of_state, dict.fromkeys(batch, rows)
-        placed = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (state, batch), places
-        )
-        found = step.lower(*placed).compile().memory_analysis()
-    arguments = found.argument_size_in_bytes
-    results = found.output_size_in_bytes - found.alias_size_in_bytes
-    return {"arguments": arguments, "peak": arguments + found.temp_size_in_bytes + results}
+    found = compile_step(run, jax.devices())
+    return {"arguments": found.held, "peak": found.held + found.beside}
 
 
 def deviations(architecture: str, *cases: str) -> dict:
