@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.data.tokenizer_loading import tokenizer_in
-from llmq_jax.errors import BadInput, at_place, warn
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import require_model
-from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
-from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf
+from llmq_jax.interop.generation_config import GenerationConfig, read_generation_config
+from llmq_jax.interop.huggingface import CONFIG, find, is_hf
 from llmq_jax.interop.peft import is_adapter, module_names
 from llmq_jax.interop.peft_reader import base_of, read_adapter
 from llmq_jax.interop.peft_writer import write_adapter
-from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.fresh_adapters import add_adapters
@@ -150,14 +149,8 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     end = None if own is None else own.end_of_text
     if end is not None and end not in generation.eos_token_id:
         generation = generation.replace(eos_token_id=(*generation.eos_token_id, end))
-    path = folder / GENERATION_CONFIG
-    if path.is_file():
-        with at_place(path):
-            values = read_json(path)
-            # Of what its base says too, loading that has told.
-            new = {name: value for name, value in values.items() if generation.other.get(name) != value}
-            warn_of_ignored(new, path)
-            generation = GenerationConfig.from_hf(generation.to_hf() | values)
+    if values := read_generation_config(folder, known=generation.other):  # of what its base says, loading that has told
+        generation = GenerationConfig.from_hf(generation.to_hf() | values)
     return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)
 
 

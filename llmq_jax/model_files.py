@@ -16,12 +16,11 @@ from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput, at_place
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import config_class_of
-from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
+from llmq_jax.interop.generation_config import GENERATION_CONFIG, GenerationConfig, read_generation_config
 from llmq_jax.interop.gguf import LAYOUT as GGUF
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
-    GENERATION_CONFIG,
     find,
     float_type,
     is_hf,
@@ -33,7 +32,7 @@ from llmq_jax.interop.nanogpt import is_nanogpt, read_nanogpt
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.openai import LAYOUT as OPENAI
 from llmq_jax.interop.peft import is_adapter
-from llmq_jax.interop.tensor_files import read_json, write_json
+from llmq_jax.interop.tensor_files import write_json
 from llmq_jax.language_model import LanguageModel, differing_weight
 from llmq_jax.models import PRESETS, architecture, build, config_from_fields, fields_from_text, override
 from llmq_jax.models.gpt2 import GPT2Config
@@ -189,12 +188,10 @@ class TextFiles:
     def read(cls, folder: Path, name: str) -> "TextFiles":
         """`name` names the tokenizer. Without a generation config, its end-of-text token ends texts."""
         tokenizer = tokenizer_in(folder, name)
-        if (folder / GENERATION_CONFIG).is_file():
-            values = read_json(folder / GENERATION_CONFIG)
-            warn_of_ignored(values, folder / GENERATION_CONFIG)
-            return cls(tokenizer, GenerationConfig.from_hf(values))
-        end = None if tokenizer is None else tokenizer.end_of_text
-        return cls(tokenizer, GenerationConfig.from_hf({"eos_token_id": end}))
+        values = read_generation_config(folder)
+        if values is None:
+            values = {"eos_token_id": None if tokenizer is None else tokenizer.end_of_text}
+        return cls(tokenizer, GenerationConfig.from_hf(values))
 
 
 def agreed(action: Callable[[], Any]) -> Any:

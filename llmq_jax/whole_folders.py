@@ -37,11 +37,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(earlier)
 
 
-def refuse_no_permission(named: Path, folder: Path) -> None:
+def refuse_no_permission(named: Path, folder: Path, advice: str = "name another folder") -> None:
     """BadInput, which calls it `named`, for a folder in which this user may make no file, or that they may not make."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
-        raise BadInput(f"{named}: this user may not write in {there}; name another folder, or change its permissions")
+        raise BadInput(f"{named}: this user may not write in {there}; {advice}, or change its permissions")
 
 
 def check_target(folder: Path, overwrite: bool, needed: str, exported: Collection[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import llmq_jax as lq
 
 ROWS = "tokens, lengths=None, positions=None, segment_ids=None"
-DRAWN = "max_new_tokens=64, sampler=None, stop=None, seed=0"
+DRAWN = "max_new_tokens=None, sampler=None, stop=None, seed=0"
 CALLS = {
     lq.load: "path, layout='hf', config=None, dtype=None, mesh=None",
     lq.save: "lm, folder",

@@ -3,6 +3,7 @@
 llmq compare runs/mine runs/dyt --out losses.png
 """
 
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
         raise BadInput("--x has no effect without --out; leave it out, or give a PNG to draw into")
 
     runs = read_runs(dict(zip(run_names(folders), map(Path, folders), strict=True)), options)
-    averaged = None if options.mean_over is None else options.mean_over.replace("-", "_")
+    averaged = None if options.mean_over is None else options.mean_over.replace("-", "_").removeprefix("options.")
     groups = {name: [run] for name, run in runs.items()} if averaged is None else grouped(runs, averaged)
     print_results(groups, options.metric)
     print_differences(groups, averaged)
@@ -190,11 +191,16 @@ def common_metric(runs: list[Run]) -> str | None:
 
 def row_of(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[Cell]:
     """`Run.row`: of the given metric or, where that is None, of what the run is judged by."""
-    from llmq_jax.training.metrics import VALIDATION
-    from llmq_jax.training.plots import curve, training_curve
+    from llmq_jax.training.metrics import OWN_LOSSES, VALIDATION, figure
+    from llmq_jax.training.plots import curve
 
-    def last(points: list[tuple[int, float]]) -> Cell:
-        return float(points[-1][1]) if points else None
+    def last(*names: str) -> Cell:
+        """The last value of the first of these that there is; nan where that was not finite, which is null in files."""
+        for name in names:
+            if having := [record for record in records if name in record]:
+                value = figure(having[-1], name)
+                return math.nan if value is None else value
+        return None
 
     def extreme(points: list[tuple[int, float]], pick: Callable[..., Any]) -> list[Cell]:
         """The extreme value, and the first step that has it."""
@@ -207,27 +213,27 @@ def row_of(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric:
         mean, best = judge or ("", "lowest")
         found = curve(records, VALIDATION + mean)
         made = [point for point in found if point[0] > 0]  # the best step is one that the run has made
-        trained = curve(records, "reward") if mean == "reward" else training_curve(records)  # GRPO's loss is about 0
-        row = [last(trained), mean, last(found), *extreme(made, min if best == "lowest" else max)]
+        trained = last("reward") if mean == "reward" else last(*OWN_LOSSES, "loss")  # GRPO's loss is about 0
+        row = [trained, mean, last(VALIDATION + mean), *extreme(made, min if best == "lowest" else max)]
     else:
         found = curve(records, metric)
-        row = [last(found), *extreme(found, min), *extreme(found, max)]
+        row = [last(metric), *extreme(found, min), *extreme(found, max)]
     speeds = [speed for _, speed in curve(records, "tokens_per_second")]
     return [records[-1]["step"], *row, round(statistics.median(speeds)) if speeds else None]
 
 
 def text_of(cells: Sequence[Cell]) -> str:
     """What one run has in a column, or several: of steps the range, of values the mean and the sample standard
-    deviation; nothing where one of them has none."""
+    deviation; nothing where one of them has none. What some are judged by stands for all."""
     from llmq_jax.training.plots import shown_value
 
     values, counts = [[cell for cell in cells if isinstance(cell, kind)] for kind in (float, int)]
     if len(values) == len(cells):
-        return shown_value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+        finite = len(values) > 1 and all(map(math.isfinite, values))
+        return shown_value(statistics.fmean(values), statistics.stdev(values) if finite else None)
     if len(counts) == len(cells):
         return "–".join(f"{end:,}" for end in sorted({min(counts), max(counts)}))
-    names = [cell for cell in cells if isinstance(cell, str)]
-    return ", ".join(dict.fromkeys(names)) if len(names) == len(cells) else ""
+    return ", ".join(dict.fromkeys(cell for cell in cells if isinstance(cell, str) and cell))
 
 
 def grouped(runs: dict[str, Run], option: str) -> Groups:

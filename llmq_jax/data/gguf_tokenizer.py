@@ -173,11 +173,13 @@ class _Vocabulary:
         scores = self._scores()
         pairs = zip(self.tokens, self.kinds, strict=True)
         ordinary = {token for token, kind in pairs if kind in (NORMAL, USER_DEFINED)}
-        merges = []
+        lengths, merges = {len(token) for token in ordinary}, []
         for number in sorted(range(len(self.tokens)), key=lambda i: (-scores[i], -len(self.tokens[i]))):
             token = self.tokens[number]
             if token in ordinary:
-                halves = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
+                # Cut only where tokens may end: all cuts of a token of a million characters would never be done.
+                cuts = [cut for cut in range(len(token) - 1, 0, -1) if {cut, len(token) - cut} <= lengths]
+                halves = [(token[:cut], token[cut:]) for cut in cuts]
                 merges += [(left, right) for left, right in halves if left in ordinary and right in ordinary]
         return merges
 

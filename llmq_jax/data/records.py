@@ -351,6 +351,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
             if row:
                 yield start, end, row
     except csv.Error as error:
+        _, first = next(iter(_lines(path)))
+        if end == 0 and any(f'"{other}"' in first for other in ";\t"):
+            raise BadInput(
+                f"{path}: the columns of the first line {_shown_names([first.strip()])!r} are not separated by commas: "
+                "save the table with commas, or as JSON lines"
+            ) from None
         raise BadInput(f"{path}: broken CSV at line {rows.line_num} ({error})") from None
 
 

@@ -7,6 +7,7 @@ Shapes: N tokens in the stream, B rows of a batch, T = context.
 """
 
 import contextlib
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,7 +171,7 @@ def as_stream(tokens: Any) -> np.ndarray:
         stream: np.ndarray = np.asanyarray(tokens)
         if stream.ndim == 1 and (np.issubdtype(stream.dtype, np.integer) or not len(stream)):
             return stream
-    shown = " ".join(repr(tokens).split())
+    shown = " ".join(reprlib.repr(tokens).split())  # not all of a corpus
     raise BadInput(f"tokens={shown:.40} must be ids in one list or array, as encode_documents gives them")
 
 

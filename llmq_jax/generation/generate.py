@@ -29,7 +29,7 @@ STRETCH = 16
 def generate(
     lm: LanguageModel,
     prompts: Any,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     sampler: Sampler | None = None,
     stop: Sequence[Any] | SupportsIndex | str | None = None,
     seed: SupportsIndex | Ids = 0,
@@ -39,7 +39,8 @@ def generate(
     samples: int = 1,
     prompt_cache: PromptCache | None = None,
 ) -> Generation:
-    """Continue every prompt (one string, or several strings or lists of token ids) by up to `max_new_tokens` tokens.
+    """Continue every prompt (one string, or several strings or lists of token ids) by up to `max_new_tokens` tokens:
+    64, or what the context has room for, unless it is given.
 
     Each prompt is read once and continued `samples` times, in neighbouring rows.
 
@@ -85,7 +86,7 @@ def generate(
 def stream(
     lm: LanguageModel,
     prompt: str | Ids,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     sampler: Sampler | None = None,
     stop: Sequence[Any] | SupportsIndex | str | None = None,
     seed: SupportsIndex = 0,

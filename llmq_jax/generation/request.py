@@ -44,6 +44,8 @@ SHORTEST_CACHE = 256
 # Token ids, or seeds: lists and arrays of integers.
 Ids = Sequence[SupportsIndex] | np.ndarray
 
+# How many tokens come after a prompt, if the context has room for them and no number is given.
+NEW_TOKENS = 64
 # How many tokens a draft model proposes at a time.
 DRAFT_TOKENS = 4
 
@@ -145,7 +147,7 @@ class Request:
         cls,
         lm: LanguageModel,
         prompts: Iterable[Any],
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         sampler: Any,
         stop: Any,
         seed: Any,
@@ -163,6 +165,9 @@ class Request:
             raise BadInput("no prompt was given; pass at least one")
         if not isinstance(sampler, Sampler | None):
             raise BadInput(f"sampler={sampler!r} is not a Sampler; pass one, as Sampler(temperature=0.8)")
+        context = lm.config.max_position_embeddings
+        if max_new_tokens is None:  # where there is no room for one, what is said below
+            max_new_tokens = max(1, min(NEW_TOKENS, context - max(map(len, rows))))
         max_new_tokens, samples = whole(max_new_tokens, "max_new_tokens"), whole(samples, "samples")
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -175,7 +180,6 @@ class Request:
         behind = tuple(each for each in of_prompts for _ in range(samples))
         if draft is not None:  # a draft reads the prompt of every row
             rows, samples = [row for row in rows for _ in range(samples)], 1
-        context = lm.config.max_position_embeddings
         for i, row in enumerate(rows):
             if len(row) + max_new_tokens > context:
                 raise BadInput(

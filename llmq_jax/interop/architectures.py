@@ -107,7 +107,8 @@ def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") ->
     variables, or of `variables["params"]`, whose tensors then come alone.
 
     A tied head has a name of its own only where the layout's files give it one (`book` and `original` do). Types are
-    kept. BadInput: a layout that the architecture does not have.
+    kept. Gemma's norms are 1 + w in `gguf`, and the 1 is added to whatever stands there: write gradients as `hf`.
+    BadInput: a layout that the architecture does not have.
     """
     if not isinstance(variables, Mapping):
         raise BadInput(f"{variables!r:.60} is no dict of variables; those of a LanguageModel are lm.variables")

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.errors import BadInput, PythonAdvice, warn
+from llmq_jax.errors import BadInput, PythonAdvice, at_place, warn
 from llmq_jax.field_types import scalar
+from llmq_jax.interop.tensor_files import read_json
 
+GENERATION_CONFIG = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Fields by which transformers chooses other tokens and that nothing here applies, with the values that change nothing.
 # How tokens are drawn (temperature, top_k, ...) is not among them: a Sampler says it. So it does of repetition_penalty,
@@ -88,6 +90,19 @@ class GenerationConfig:
     def replace(self, **changes: Any) -> "GenerationConfig":
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def read_generation_config(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The fields of a folder's `generation_config.json`; None where there is no such file. Those that have no effect
+    here are named in a warning, except such as `known` has with the same value, of which the user was told."""
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return None
+    values, known = read_json(path), known or {}
+    with at_place(path):
+        GenerationConfig.from_hf(values)
+    warn_of_ignored({name: value for name, value in values.items() if known.get(name) != value}, path)
+    return values
 
 
 def warn_of_ignored(values: Mapping[str, Any], file: Path) -> None:

@@ -32,7 +32,13 @@ from llmq_jax.interop.architectures import (
     weight_table,
 )
 from llmq_jax.interop.float8 import QUANTIZATION, SCALE, block_size, dequantised
-from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig, warn_of_ignored
+from llmq_jax.interop.generation_config import (
+    GENERATION_CONFIG,
+    TOKEN_IDS,
+    GenerationConfig,
+    read_generation_config,
+    warn_of_ignored,
+)
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
@@ -48,7 +54,6 @@ else:
 
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 EXPORTED = (
     CONFIG,
     GENERATION_CONFIG,
@@ -111,7 +116,7 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
 
         config, variables = read_state(state, layout, config, dtype, stored)
     tokenizer = tokenizer_in(folder)
-    return Contents(config, variables, tokenizer, _read_generation_config(folder, values, config, tokenizer))
+    return Contents(config, variables, tokenizer, _generation(folder, values, config, tokenizer))
 
 
 def read_state(
@@ -315,19 +320,17 @@ def float_type(dtype: Any) -> np.dtype | None:
     raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
 
 
-def _read_generation_config(
-    folder: Path, values: Mapping[str, Any], config: Any, tokenizer: Tokenizer | None
-) -> GenerationConfig:
+def _generation(folder: Path, values: Mapping[str, Any], config: Any, tokenizer: Tokenizer | None) -> GenerationConfig:
     """Special tokens from generation_config.json, else from config.json; the end token, if neither has it, from the
     tokenizer.
 
     transformers reads only one of the two files, and without an end token in it never stops generating.
     """
-    path = folder / GENERATION_CONFIG
-    with at_place(path if path.is_file() else folder / CONFIG):
+    stored = read_generation_config(folder) or {}
+    with at_place(folder / CONFIG):
         own = language_part(values)
-        stored = read_json(path) if path.is_file() else {}
-        warn_of_ignored(stored or own, path if stored else folder / CONFIG)
+        if not stored:
+            warn_of_ignored(own, folder / CONFIG)
         said = {name: own[name] for name in TOKEN_IDS if name in own} | stored
         end = None if tokenizer is None else tokenizer.end_of_text
         if end is not None and end < config.vocab_size:

@@ -14,8 +14,9 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import PARTS
+from llmq_jax.interop.generation_config import GENERATION_CONFIG
 from llmq_jax.interop.huggingface import CONFIG as BASE_CONFIG
-from llmq_jax.interop.huggingface import GENERATION_CONFIG, is_hub_id
+from llmq_jax.interop.huggingface import is_hub_id
 from llmq_jax.interop.peft import (
     BASE_LAYER,
     CONFIG,

@@ -114,8 +114,8 @@ def model_rewards(
     if pooling != "last":
         scores, counts = token_scores(model, variables, tokens, lengths, rngs)
         return sequence_rewards(scores, lengths, response_mask, pooling), counts
-    output, segment_ids = _forward(model, variables, tokens, lengths, rngs)
-    last = last_hidden(output.hidden, segment_ids)
+    output = model.apply(variables, tokens, lengths=lengths, method="forward", rngs=rngs)
+    last = last_hidden(output.hidden, segments_of(lengths, tokens.shape[1]))
     rewards = model.apply(variables, last, method="class_logits", rngs=rngs)[:, 0]
     return jnp.where(lengths > 0, rewards, 0.0), output.counts
 
@@ -130,7 +130,7 @@ def token_scores(
     """(the scalar head's score of every token in float32, counts): the rewards of steps, for process supervision.
     Scores of padding mean nothing. BadInput: the head does not have exactly one label."""
     require_scalar_head(model)
-    output, _ = _forward(model, variables, tokens, lengths, rngs)
+    output = model.apply(variables, tokens, lengths=lengths, method="forward", rngs=rngs)
     return model.apply(variables, output.hidden, method="class_logits", rngs=rngs)[..., 0], output.counts
 
 
@@ -167,10 +167,3 @@ def require_scalar_head(model: Decoder) -> None:
 def _check_pooling(pooling: str) -> None:
     if pooling not in POOLINGS:
         raise BadInput(f'pooling must be "last" or "mean", not {pooling!r}')
-
-
-def _forward(
-    model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array, rngs: dict[str, Any] | None
-) -> tuple[Any, Array]:
-    output = model.apply(variables, tokens, lengths=lengths, method="forward", rngs=rngs)
-    return output, segments_of(lengths, tokens.shape[1])

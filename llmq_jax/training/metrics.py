@@ -50,7 +50,7 @@ def shown_loss(record: Record) -> float | None:
 def figure(record: Record, name: str) -> float | None:
     """A figure of a record; None where it has none. BadInput: it is no number."""
     value = record.get(name)
-    if value is not None and (not isinstance(value, int | float) or abs(value) >= LARGEST_FLOAT):
+    if value is not None and (not isinstance(value, int | float) or not abs(value) < LARGEST_FLOAT):
         raise BadInput(f"{METRICS}: {name} of step {record['step']} is {value!r:.40}, no number; restore the file")
     return None if value is None else float(value)
 

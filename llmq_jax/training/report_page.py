@@ -20,6 +20,7 @@ from llmq_jax.training.metrics import METRICS, SAMPLES, VALIDATION, Record, prin
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
 from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, run_below, text_of
+from llmq_jax.whole_folders import refuse_no_permission
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -56,10 +57,12 @@ summary { cursor: pointer; color: var(--soft) }
 
 def write_report_page(folder: str | Path, ending: dict[str, Any] | None = None) -> Path:
     """Write `report.html` into the folder of a run, finished or not, and return its path. `ending` holds the figures of
-    a run that is about to be marked as finished. BadInput where the folder is no run's."""
+    a run that is about to be marked as finished. BadInput where the folder is no run's, or may not be written into."""
     folder = Path(folder)
     path = folder / PAGE
-    write_atomically(path, report_page(folder, ending).encode())
+    page = report_page(folder, ending)
+    refuse_no_permission(path, folder, "copy the run to another folder")
+    write_atomically(path, page.encode())
     return path
 
 

@@ -342,18 +342,23 @@ def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
 
 
 def alike_but_for(option: str, folders: Sequence[Path]) -> list[list[Path]]:
-    """The runs in groups of those that differ in this option alone, in their order; one without a config is alone.
-    BadInput where there is no such option, or where no two runs are alike."""
+    """The runs in groups of those that differ in this option alone, and in what it sets in the model, in their order;
+    one without a config is alone. BadInput where there is no such option, or where no two runs are alike."""
     configs = [_flat(read_run_config(folder / CONFIG) or {}) for folder in folders]
-    known = sorted({name.removeprefix("options.") for config in configs for name in config})
+    names = {name for config in configs for name in config}
+    known = sorted({name.removeprefix("options.") for name in names} - {MARK})
     if option not in known:
         raise BadInput(f"no run has an option {option!r}; {did_you_mean(option, known)}")
+    own = {option, f"options.{option}"}
+    given = [(config, config[name]) for config in configs for name in own if config.get(name) is not None]
+    if given:  # fields of the model that have its value wherever it is given, as those of dropout
+        own |= {name for name in names if name.startswith("model.") and all(c.get(name) == v for c, v in given)}
     groups: dict[Any, list[Path]] = {}
     for folder, config in zip(folders, configs, strict=True):
-        rest = {name: value for name, value in config.items() if name.removeprefix("options.") != option}
+        rest = {name: value for name, value in config.items() if name not in own}
         groups.setdefault(json.dumps(rest, sort_keys=True) if config else folder, []).append(folder)
     if len(groups) == len(folders):
-        others = [name for name in what_differs(folders) if name.removeprefix("options.") != option]
+        others = [name for name in what_differs(folders) if name not in own]
         also = f": they differ in {', '.join(others)} too" if others else ""
         raise BadInput(f"no two of the runs differ in {option} alone, so that there is nothing to average{also}")
     return list(groups.values())

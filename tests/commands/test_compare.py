@@ -299,6 +299,39 @@ def test_names_of_means(llmq, seeds, names, expected):
     assert [line.split("  ")[0] for line in out.splitlines()[1:3]] == expected
 
 
+def row_of(out, number=1):
+    return [cell.strip() for cell in out.splitlines()[number].split("  ") if cell]
+
+
+def test_the_mean_over_seeds_of_which_one_diverged_or_was_not_evaluated(llmq, seeds):
+    """A figure that is not finite is null in the file; the last finite one is not the run's result."""
+    good, bad, bare = (seeds(f"a-seed{number}", 1e-3, number, 3.0) for number in range(3))
+    with (bad / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "tokens": 640, "loss": null}\n')
+    (bare / "metrics.jsonl").write_text('{"step": 10, "tokens": 320, "loss": 2.5, "tokens_per_second": 1000}\n')
+    code, out, err = llmq("compare", good, bad, "--mean-over", "seed")
+    assert (code, err) == (0, "")
+    assert row_of(out) == ["a (2 runs)", "10–20", "nan", "loss", "3.0000 ± 0", "3.0000 ± 0", "10", "1,000"]
+    assert row_of(llmq("compare", bad)[1])[2] == "nan"
+    assert row_of(llmq("compare", good, bad, "--mean-over", "seed", "--metric", "loss")[1], 2)[2] == "nan"
+    assert row_of(llmq("compare", good, bare, "--mean-over", "seed")[1])[2:] == ["2.5000 ± 0", "loss", "1,000"]
+
+
+def test_the_mean_over_an_option_that_sets_fields_of_the_model(llmq, run):
+    folders = []
+    for rate in (None, 0.2, 0.3):
+        folders.append(run(f"dropout{rate}", 3.0))
+        set_to = 0.1 if rate is None else rate
+        config = {"run_format": 1, "dropout": rate, "model": {"attn_pdrop": set_to, "embd_pdrop": set_to, "width": 8}}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    code, out, err = llmq("compare", *folders, "--mean-over", "dropout")
+    assert (code, err) == (0, "") and len(out.splitlines()) == 2
+    assert row_of(out)[0] == "dropoutNone, dropout0.2, dropout0.3"
+    config["model"]["width"] = 16
+    (folders[-1] / "config.json").write_text(json.dumps(config))
+    assert llmq("compare", *folders[1:], "--mean-over", "dropout")[2].endswith(": they differ in model.width too\n")
+
+
 def test_bad_input(llmq, seeds, run, tmp_path):
     folder = run("a", 3.0)
     one, other = seeds("one", 1e-3, 0, 3.0), seeds("other", 3e-3, 1, 3.0)
@@ -307,6 +340,8 @@ def test_bad_input(llmq, seeds, run, tmp_path):
     apart = tmp_path / "validated"
     apart.mkdir()
     (apart / "metrics.jsonl").write_text('{"step": 1, "tokens": 3, "validation_loss": 2.0}\n')
+    (spoilt := tmp_path / "spoilt").mkdir()
+    (spoilt / "metrics.jsonl").write_text('{"step": 1, "tokens": 3, "loss": NaN}\n')
     (tmp_path / "empty").mkdir()
     (begun := tmp_path / "begun").mkdir()
     (begun / "config.json").write_text('{"run_format": 1}')
@@ -330,6 +365,9 @@ def test_bad_input(llmq, seeds, run, tmp_path):
         ([begun, tmp_path / "empty"], f"{begun / 'metrics.jsonl'} has no records yet"),
         ([begun], f"{begun / 'metrics.jsonl'} has no records yet"),
         ([one, other, "--mean-over", "sed"], "no run has an option 'sed'; did you mean seed?"),
+        ([one, other, "--mean-over", "xyz"], "no run has an option 'xyz'; choose from learning_rate, seed, steps"),
+        ([one, other, "--mean-over", "options.steps"], "no two of the runs differ in steps alone"),
+        ([spoilt], "metrics.jsonl: loss of step 1 is nan, no number; restore the file"),
         ([one, other, "--mean-over", "learning-rate"], "differ in learning_rate alone, so that there is nothing to av"),
         ([one, other, "--mean-over", "seed"], "nothing to average: they differ in learning_rate too"),
         (

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 import unicodedata
 from itertools import pairwise
 
@@ -528,3 +529,17 @@ def test_new_tokens_beside_a_sentencepiece_file(sentencepiece_metadata):
     for companions, before in ((dict(list(old.items())[:1]), {}), (old, {"<old>": 7})):
         more = TokenizerFiles(files | companions, "x").with_tokens(["<new>"], special=True)
         assert json.loads(more.contents["added_tokens.json"]) == before | {"<new>": more.token_id("<new>")}
+
+
+def test_a_token_of_a_million_characters_takes_no_time():
+    """It is cut in two only where both parts may be tokens: else the time grew with the square of its length."""
+    run = "a" * 10**6
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", run[1:], run]
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": names}
+    metadata |= {"tokenizer.ggml.scores": [-float(number) for number in range(len(names))]}
+    metadata |= {"tokenizer.ggml.token_type": [2, *[6] * 256, 1, 1, 1]}
+    began = time.process_time()
+    files = gguf_tokenizer(metadata, "long").files()
+    assert time.process_time() - began < 20
+    merges = json.loads(files["tokenizer.json"])["model"]["merges"]
+    assert [[len(part) for part in pair] for pair in merges] == [[10**6 - 1, 1], [1, 10**6 - 1]]

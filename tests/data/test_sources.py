@@ -158,6 +158,11 @@ BAD = [
     ("a.csv", "id;text\n1;x\n", r"a\.csv: the columns of the header 'id;text' are not separated by commas: save"),
     ("a.csv", "id\ttext\n1\tx\n", r"a\.csv: the columns of the header 'id text' are not separated by commas: save"),
     ("a.tsv", "id;text\n1;x\n", r"a\.tsv: the columns of the header 'id;text' are not separated by tabs: save"),
+    (
+        "a.csv",
+        '"id";"text"\n"1";"x"\n',
+        r"a\.csv: the columns of the first line '\"id\";\"text\"' are not separated by",
+    ),
     ("a.csv", 'text\n"x', r"broken CSV at line 2"),
     ("a.tsv", "id\ttext\n1\tx\ty\n", r"ends at line 2 has 3 fields and the header 2: a text may not hold a tab"),
     ("a.csv", "text,text\nx,y\n", r"two columns are called 'text'"),

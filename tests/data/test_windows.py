@@ -179,6 +179,19 @@ def test_what_is_no_stream_of_tokens(wrong):
     assert message.endswith(" must be ids in one list or array, as encode_documents gives them") and "\n" not in message
 
 
+def test_a_corpus_is_not_spelled_out_for_a_message():
+    class Text:
+        spelled = 0
+
+        def __repr__(self):
+            Text.spelled += 1
+            return "text"
+
+    with pytest.raises(BadInput, match=r"^tokens=\[text, text, "):
+        as_stream([Text()] * 1000)
+    assert Text.spelled < 10
+
+
 def test_check_vocabulary():
     check_vocabulary(np.array([0, 256], np.uint16), 257)
     check_vocabulary(np.array([], np.uint16), 257)

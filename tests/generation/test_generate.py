@@ -463,6 +463,17 @@ def test_the_context_may_be_filled_and_not_exceeded(lm):
         lq.generate(lm, "x" * 50, max_new_tokens=15)
 
 
+def test_without_a_number_of_new_tokens_there_are_as_many_as_fit(lm):
+    """Up to 64: the context of this model is 64."""
+    made = lq.generate(lm, ["x" * 50, "x" * 10], stop=())
+    assert made.tokens.shape == (2, 14) and made.lengths.tolist() == [14, 14]
+    assert "".join(lq.stream(lm, "x" * 50, stop=())) == made.text[0]
+    with pytest.raises(lq.BadInput, match="prompt 0 has 64 tokens, which with 1 new ones exceed the model's context"):
+        lq.generate(lm, "x" * 64)
+    with pytest.raises(lq.BadInput, match="prompt 0 has 50 tokens, which with 64 new ones exceed the model's context"):
+        lq.generate(lm, "x" * 50, 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,7 @@
 """A run as one HTML page: all of it inside, nothing of it live, and readable in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -123,6 +124,15 @@ def test_a_run_whose_config_is_lost(config, tmp_path):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(BadInput, match=r"config.json is missing or damaged; restore it from a copy"):
         write_report_page(tmp_path)
+
+
+def test_a_run_that_may_only_be_read_is_told_so(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    message = (
+        f"{folder / 'report.html'}: this user may not write in {folder}; copy the run to another folder, or change "
+    )
+    with pytest.raises(BadInput, match=f"^{re.escape(message)}its permissions$"):
+        write_report_page(folder)
 
 
 @pytest.mark.parametrize("content", ['{"step": 2', "[1]"])
