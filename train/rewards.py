@@ -207,12 +207,12 @@ def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judg
     # validation needs the model as it was: hence the copy.
     variables = jax.tree.map(jnp.copy, merge(model.lm).variables)
     return RewardLearner(
-        create_state(variables, optimizer, seed=options.seed, trainable="params"),
-        step.make_train_step(objective, optimizer),
-        judge,
-        PreferenceBatches(old, count, width, options.seed),
-        options.prompts_per_step,
-        options.steps_per_iteration,
-        width,
-        model.rows,
+        state=create_state(variables, optimizer, seed=options.seed, trainable="params"),
+        update=step.make_train_step(objective, optimizer),
+        judge=judge,
+        replay=PreferenceBatches(old, count, width, options.seed),
+        new_pairs=options.prompts_per_step,
+        steps_per_iteration=options.steps_per_iteration,
+        width=width,
+        rows=model.rows,
     )
