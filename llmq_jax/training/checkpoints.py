@@ -26,7 +26,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -119,22 +119,24 @@ class Checkpoints:
 
     def judged_by(self) -> JudgedBy | None:
         """What steps are judged by, from the newest checkpoint that says it; None where none does."""
-        for step in reversed(self.steps()):
-            with contextlib.suppress(CorruptCheckpoint, BadInput):
-                info = read_info(self.path(step))
-                if info.judged_by is not None:
-                    return info.judged_by, "highest" if info.best == "highest" else "lowest"
+        for _, info in self._read_infos(reversed(self.steps())):
+            if info.judged_by is not None:
+                return info.judged_by, "highest" if info.best == "highest" else "lowest"
         return None
 
     def values(self, judged_by: JudgedBy) -> list[tuple[int, float]]:
         """(step, value) of the checkpoints whose steps were judged by this."""
-        found = []
-        for step in self.steps():
-            with contextlib.suppress(CorruptCheckpoint, BadInput):
-                info = read_info(self.path(step))
-                if info.value is not None and (info.judged_by, info.best) == judged_by:
-                    found.append((step, info.value))
-        return found
+        return [
+            (step, info.value)
+            for step, info in self._read_infos(self.steps())
+            if info.value is not None and (info.judged_by, info.best) == judged_by
+        ]
+
+    def _read_infos(self, steps: Iterable[int]) -> Iterator[tuple[int, CheckpointInfo]]:
+        """(step, what its checkpoint says of itself) for those of these steps whose checkpoints can be read."""
+        for step in steps:
+            with contextlib.suppress(BadInput):
+                yield step, read_info(self.path(step))
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
