@@ -4,11 +4,10 @@ import io
 import json
 import signal
 
-import tiny_run
-
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 from tests.forks import Forks
+from tests.training import tiny_run
 from tests.weights import assert_equal_trees
 
 

@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
-from compared_runs import assert_same_run, final_state, quiet, timeless
-from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
@@ -19,6 +16,9 @@ from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
+from tests.training import tiny_run
+from tests.training.compared_runs import assert_same_run, final_state, quiet, timeless
+from tests.training.tiny_run import OPTIONS, STEPS, Batches
 from tests.weights import assert_equal_trees
 
 

@@ -7,17 +7,6 @@ from dataclasses import replace
 
 import jax
 import pytest
-import tiny_run
-from compared_runs import (
-    assert_same_run,
-    broken_at,
-    final_state,
-    flip_a_bit,
-    killed,
-    quiet,
-    timeless,
-)
-from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
@@ -26,6 +15,17 @@ from llmq_jax.training.resuming import resume
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.signals import StoppedBySignal
 from llmq_jax.training.validation import Validation
+from tests.training import tiny_run
+from tests.training.compared_runs import (
+    assert_same_run,
+    broken_at,
+    final_state,
+    flip_a_bit,
+    killed,
+    quiet,
+    timeless,
+)
+from tests.training.tiny_run import OPTIONS, STEPS, Batches
 from tests.weights import assert_equal_trees
 
 

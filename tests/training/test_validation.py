@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny_run
-from compared_runs import assert_same_run, broken_at, final_state, killed, quiet, state_at, timeless
-from old_checkpoints import in_format_1
-from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.run_options import RunOptions
+from tests.training import tiny_run
+from tests.training.compared_runs import assert_same_run, broken_at, final_state, killed, quiet, state_at, timeless
+from tests.training.old_checkpoints import in_format_1
+from tests.training.tiny_run import OPTIONS, PATIENT, STEPS, Batches
 from tests.weights import assert_equal_trees
 
 
