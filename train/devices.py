@@ -20,7 +20,8 @@ def on_devices(recipe: Callable) -> Callable:
     def run(options: RecipeOptions, *arguments: Any) -> Any:
         import jax
 
-        from llmq_jax.training.processes import first, joined, one_speaks, same, together
+        from llmq_jax.training.joining import joined
+        from llmq_jax.training.processes import first, one_speaks, same, together
         from llmq_jax.training.profile import profiled_steps
         from llmq_jax.training.run_folder import config_of_run, differences
         from llmq_jax.training.sharding import make_mesh

@@ -26,7 +26,7 @@ import jax
 import llmq_jax as lq
 from dataclasses import replace
 from llmq_jax.layers.axes import on_host
-from llmq_jax.training.processes import joined
+from llmq_jax.training.joining import joined
 from tests.training import tiny_run
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -54,7 +54,7 @@ with joined(address, 2, process):
 OPENS_ITS_OWN = """
 import os, sys
 from llmq_jax.training import run_folder
-from llmq_jax.training.processes import joined
+from llmq_jax.training.joining import joined
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 os.makedirs(f"{folder}/{process}", exist_ok=True)
