@@ -48,7 +48,7 @@ from llmq_jax.training.manifest import (
     verify_manifest,
     write_manifest,
 )
-from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
+from llmq_jax.training.processes import first, of_first, share, wait_for_all
 
 JudgedBy = tuple[str, Literal["lowest", "highest"]]
 """The validation metric that tells how good a step is, and which of its values is best."""
@@ -320,7 +320,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 def restore_checkpoint(folder: Path, example: Any) -> Restored:
     """The state in the folder of a checkpoint, as `Checkpoints.restore` gives it."""
-    together(lambda: _verify(folder) if first() else None)
+    of_first(lambda: _verify(folder))
     return read_checkpoint(folder, example)
 
 
