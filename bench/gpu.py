@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.backend import use_device
 from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.options import Flag, Positional, default_is, option_name
+from llmq_jax.options import Flag, Positional, default_is, require_at_least
 
 SMALL = {
     "vocab_size": 32000,
@@ -79,9 +79,7 @@ def main(options: Options) -> None:
     for name in options.models:
         if name not in WORK:
             raise BadInput(f"unknown model {name!r}: {did_you_mean(name, WORK)}")
-    for name in ("batch_size", "context", "layers"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must be at least 1")
+    require_at_least(options, batch_size=1, context=1, layers=1)
     plain = [name for name in options.models or WORK if name != MIXTURE]
     if options.dispatch != "auto" and plain:
         raise BadInput(f"--dispatch {options.dispatch}: {plain[0]} has no experts; measure {MIXTURE} alone")
@@ -140,9 +138,9 @@ def config_of(name: str, layers: int | None, length: int, dispatch: str = "auto"
 def training(config: Any, rows: int, length: int, peak: float | None, options: Options) -> str:
     """Tokens a second in training, as one line of text."""
     import jax
-    import numpy as np
 
     import llmq_jax as lq
+    from bench.inputs import random_batch
     from llmq_jax.training.flops import token_flops
 
     model = lq.build(
@@ -155,9 +153,7 @@ def training(config: Any, rows: int, length: int, peak: float | None, options: O
     optimizer = lq.training.adamw(1e-4, b1=0.9, b2=0.95, moments="bfloat16")
     step = lq.training.make_train_step(lq.objectives.NextToken(model), optimizer)
     state = lq.training.create_state(lq.init(config), optimizer)
-    draw = np.random.default_rng(0).integers(config.vocab_size, size=(rows, length + 1), dtype=np.int32)
-    batch = {"tokens": draw[:, :-1], "targets": draw[:, 1:], "mask": np.ones((rows, length), np.float32)}
-    batch = jax.device_put(batch)
+    batch = jax.device_put(random_batch(config.vocab_size, rows, length))
     began = time.perf_counter()
     state, metrics = step(state, batch)
     float(metrics["loss"])

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 
-def train_batch(row: Any, index: int) -> dict[str, np.ndarray]:
+def random_batch(vocab_size: int, rows: int, length: int, seed: int = 0) -> dict[str, np.ndarray]:
     """`tokens`, `targets` [B, T] int32 and a `mask` of ones."""
-    tokens = np.random.default_rng(index).integers(
-        row.fields["vocab_size"], size=(row.batch, row.context + 1), dtype=np.int32
-    )
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "mask": np.ones((row.batch, row.context), np.float32),
-    }
+    drawn = np.random.default_rng(seed).integers(vocab_size, size=(rows, length + 1), dtype=np.int32)
+    return {"tokens": drawn[:, :-1], "targets": drawn[:, 1:], "mask": np.ones((rows, length), np.float32)}
+
+
+def train_batch(row: Any, index: int) -> dict[str, np.ndarray]:
+    """One of the batches of a row, as `random_batch` has them."""
+    return random_batch(row.fields["vocab_size"], row.batch, row.context, seed=index)
 
 
 def cross_entropy_inputs(row: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

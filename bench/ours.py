@@ -382,14 +382,14 @@ class GRPOStepSide(RolloutSide):
         optimizer = lq.training.adamw(1e-6)
         objective = lq.objectives.GRPO(self.lm.model, group_size=self.row.group)
         self.loop = Loop(
-            self.lm,
-            objective,
-            lq.training.make_train_step(objective, optimizer),
-            [Prompt(f"row {i}", text, tokenizer.encode(text), {}) for i, text in enumerate(texts)],
-            TextRewards(Rewards(("length",), (length_of,), (1.0,))),
-            self.row.group,
-            self.row.new_tokens,
-            lq.Sampler(),
+            lm=self.lm,
+            objective=objective,
+            update=lq.training.make_train_step(objective, optimizer),
+            prompts=[Prompt(f"row {i}", text, tokenizer.encode(text), {}) for i, text in enumerate(texts)],
+            score=TextRewards(Rewards(("length",), (length_of,), (1.0,))),
+            group_size=self.row.group,
+            max_new_tokens=self.row.new_tokens,
+            sampler=lq.Sampler(),
         )
         self.state = self.loop.start(lq.training.create_state(variables, optimizer))
         self.batches, self.done = PromptBatches(self.row.batch, self.row.batch), 0

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from bench.inputs import random_batch
 from llmq_jax.backend import keep_programs
 
 PROMPT = "The capital of France is"
@@ -32,9 +33,8 @@ def our_step(folder: Path, batch: int, context: int) -> None:
     objective = lq.objectives.NextToken(lq.build(config, scan_layers=False))
     optimizer = lq.training.adamw(1e-3)
     state = lq.training.create_state(lq.init(config, seed=0), optimizer)
-    tokens, targets, mask = random_batch(config.vocab_size, batch, context)
     train_step = lq.training.make_train_step(objective, optimizer)
-    _, metrics = train_step(state, {"tokens": tokens, "targets": targets, "mask": mask})
+    _, metrics = train_step(state, random_batch(config.vocab_size, batch, context))
     float(metrics["loss"])
 
 
@@ -53,9 +53,10 @@ def their_step(folder: Path, batch: int, context: int) -> None:
     config = AutoConfig.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_config(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
-    tokens, targets, _ = (torch.from_numpy(array) for array in random_batch(config.vocab_size, batch, context))
-    logits = model(tokens.long(), use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(logits.view(-1, config.vocab_size), targets.reshape(-1).long())
+    drawn = random_batch(config.vocab_size, batch, context)
+    tokens, targets = (torch.from_numpy(drawn[name]).long() for name in ("tokens", "targets"))
+    logits = model(tokens, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.view(-1, config.vocab_size), targets.reshape(-1))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -70,14 +71,6 @@ def their_token(folder: Path) -> None:
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=1, pad_token_id=0)
     tokenizer.decode(tokens[0])
-
-
-def random_batch(vocab_size: int, batch: int, context: int) -> tuple:
-    """(tokens, targets, mask), each [B, T]."""
-    import numpy as np
-
-    draw = np.random.default_rng(0).integers(vocab_size, size=(batch, context + 1), dtype=np.int32)
-    return draw[:, :-1], draw[:, 1:], np.ones((batch, context), np.float32)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ from llmq_jax.layers.lora import (
 )
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, of_a_script, slice_modules
+from llmq_jax.models.deepseek3 import modules_ahead
 from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
 
@@ -279,7 +280,7 @@ class LanguageModel:
         float32, and at position i predict token i + k + 1 (DeepSeek-V3, arXiv:2412.19437, section 2.2). Arguments as in
         `logits`, which is k = 0. BadInput: as there, a model without modules, or rows too short for them."""
         self.require_language_model("this model")
-        depth = getattr(self.config, "num_nextn_predict_layers", 0)
+        depth = modules_ahead(self.config)
         if not depth:
             raise BadInput(
                 f"this {self.config.model_type} has no modules of multi-token prediction; logits predicts "

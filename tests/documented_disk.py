@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from gguf import GGUFWriter
 
@@ -129,7 +128,7 @@ def write_tasks(disk: Path) -> None:
 
 
 def write_models(disk: Path) -> None:
-    plain, chat = ByteTokenizer(), chat_tokenizer(disk / "chat-tokenizer")
+    plain, chat = ByteTokenizer(), chat_tokenizer()
     for name, kind, fields, tokenizer in (
         ("gpt2", lq.GPT2Config, {**GPT2, "max_position_embeddings": 2 * LENGTH}, plain),
         ("gpt2-chat", lq.GPT2Config, {**GPT2, "max_position_embeddings": 2 * LENGTH}, chat),
@@ -153,14 +152,9 @@ def write_models(disk: Path) -> None:
     torch.save({name: torch.from_numpy(array.copy()) for name, array in state.items()}, disk / "gpt2.pth")
 
 
-def chat_tokenizer(folder: Path) -> FileTokenizer:
+def chat_tokenizer() -> FileTokenizer:
     """Bytes, with the template of ChatML and its two tokens."""
-    ByteTokenizer().save(folder)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(CHAT_TOKENS)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write(folder / "chat_template.jinja", CHATML)
-    return FileTokenizer(folder)
+    return ByteTokenizer().with_tokens(CHAT_TOKENS).with_chat_template(CHATML)
 
 
 def write_gguf(path: Path) -> None:

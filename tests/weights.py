@@ -1,4 +1,5 @@
-"""Weights for tests that need some, whichever they are: `init` traces a whole pass and compiles it."""
+"""Weights for tests that need some, whichever they are (`init` traces a whole pass and compiles it), and whether two
+trees of them are the same."""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +21,12 @@ def draw_variables(config, seed=0, dtype=np.float32):
         return jnp.array(drawn.astype(dtype))  # a copy, which a step may be given for good
 
     return jax.tree_util.tree_map_with_path(draw, abstract_variables(config))
+
+
+def assert_equal_trees(found, expected):
+    """The same structure, shapes, types and bits."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+        np.testing.assert_array_equal(left, right)  # which shows where they differ
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()

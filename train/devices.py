@@ -20,7 +20,8 @@ def on_devices(recipe: Callable) -> Callable:
     def run(options: RecipeOptions, *arguments: Any) -> Any:
         import jax
 
-        from llmq_jax.training.processes import first, joined, one_speaks, same, together
+        from llmq_jax.training.joining import joined
+        from llmq_jax.training.processes import of_first, one_speaks, same
         from llmq_jax.training.profile import profiled_steps
         from llmq_jax.training.run_folder import config_of_run, differences
         from llmq_jax.training.sharding import make_mesh
@@ -38,7 +39,7 @@ def on_devices(recipe: Callable) -> Callable:
             same({**given, "mesh": mesh, "processes": options.processes, "layout": options.layout}, differences)
             if (folder := options.folder) is not None and trains:
                 # Only looked at: the run itself opens it later, once data and model, which may take long, are loaded.
-                together(lambda: config_of_run(Path(folder)) if first() else None)
+                of_first(lambda: config_of_run(Path(folder)))
             if mesh is not None and not options.layout:  # a layout needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()

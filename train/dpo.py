@@ -41,7 +41,6 @@ from train.options import (
 from train.preferences import (
     EPOCHS,
     PairOptions,
-    answers,
     check_preference_options,
     described,
     numbered,
@@ -178,8 +177,8 @@ def main(options: Options) -> Any:
 
         if not folder.resumed and options.sample_every != 0:
             print(printable(ask(learner.variables)), flush=True)
-        lengths = [len(answer.tokens) for answer in answers(learned)]
-        unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
+        lengths = [len(answer.tokens) for answer in learned.answers]
+        unembedded = sum(int(answer.learned.sum()) for answer in learned.answers) / sum(lengths)
         state = learner.state(optimizer, options.seed)
         # Where only a part of the model trains, its first values are enough to restore the reference at the end.
         began = None

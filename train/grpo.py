@@ -244,11 +244,11 @@ def main(options: Options) -> Any:
     longest = longest_prompt + options.max_new_tokens
     score = scorer_of(options, source, functions, longest)
     loop = Loop(
-        source,
-        objective,
-        train_step_of(options, objective, optimizer),
-        training,
-        score,
+        lm=source,
+        objective=objective,
+        update=train_step_of(options, objective, optimizer),
+        prompts=training,
+        score=score,
         group_size=options.group_size,
         max_new_tokens=options.max_new_tokens,
         sampler=Sampler(options.temperature, **filters(options)),

@@ -107,9 +107,8 @@ def pair_tokens(options: PairOptions, part: list, source: Any, left_out: list | 
         too_long=options.too_long,
         left_out=left_out,
     )
-    for pair in found.pairs:
-        for side in (pair.chosen, pair.rejected):
-            check_vocabulary(side.tokens, source.config.vocab_size, pair.where)
+    for answer in found.answers:
+        check_vocabulary(answer.tokens, source.config.vocab_size, answer.where)
     return found
 
 
@@ -117,16 +116,10 @@ def numbered(part: Any) -> Any:
     """All that is learned from the pairs as one array, to take a digest of."""
     import numpy as np
 
-    sides = answers(part)
-    texts = np.concatenate([np.stack([side.tokens, side.learned], axis=1).ravel() for side in sides])
-    lengths = [len(side.tokens) for side in sides]
+    texts = np.concatenate([np.stack([each.tokens, each.learned], axis=1).ravel() for each in part.answers])
+    lengths = [len(answer.tokens) for answer in part.answers]
     margins = np.array([pair.margin or 0.0 for pair in part.pairs], np.float64).view(np.int64)
     return np.concatenate([texts.astype(np.int64), np.array(lengths, np.int64), margins])
-
-
-def answers(part: Any) -> list:
-    """Both answers of each pair, with the prompt, as tokens."""
-    return [side for pair in part.pairs for side in (pair.chosen, pair.rejected)]
 
 
 def described(options: PairOptions, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:

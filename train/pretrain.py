@@ -212,6 +212,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
     from llmq_jax.language_model import LanguageModel
     from llmq_jax.model_files import TextFiles, load
     from llmq_jax.models import abstract_variables, init, parameter_count
+    from llmq_jax.models.deepseek3 import modules_ahead
     from llmq_jax.training import engine, step
     from llmq_jax.training.flops import token_flops
     from llmq_jax.training.sharding import row_share
@@ -243,13 +244,12 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         text_field="text",
         sample_prompt="def " if options.data is None else "\n",
     )
-    refuse_idle(
-        options, ((name, not modules(config), "on a model without num_nextn_predict_layers") for name in MTP_OPTIONS)
-    )
-    if options.context <= modules(config):
+    modules = modules_ahead(config)
+    refuse_idle(options, ((name, not modules, "on a model without num_nextn_predict_layers") for name in MTP_OPTIONS))
+    if options.context <= modules:
         raise BadInput(
-            f"--context {options.context} leaves nothing to predict for {modules(config)} modules of multi-token "
-            "prediction; choose a longer one"
+            f"--context {options.context} leaves nothing to predict for {modules} modules of multi-token prediction; "
+            "choose a longer one"
         )
     if options.separate_documents and tokenizer.beginning == (tokenizer.end_of_text,):
         raise BadInput(
@@ -317,25 +317,19 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         sample=sample,
         tokens_per_step=options.batch_size * options.context,
         # Not known for separate documents, whose lengths are not.
-        flops_per_token=(
-            None if options.separate_documents else token_flops(config, options.context, modules=modules(config))
-        ),
+        flops_per_token=None if options.separate_documents else token_flops(config, options.context, modules=modules),
         next_commands=next_commands(config),
     )
-
-
-def modules(config: Any) -> int:
-    """The number of modules of multi-token prediction in a model of this config."""
-    return getattr(config, "num_nextn_predict_layers", 0)
 
 
 def objective_of(options: Options, model: Any) -> Any:
     """Prediction of the next token, and of as many further ones as the model has modules for."""
     import optax
 
+    from llmq_jax.models.deepseek3 import modules_ahead
     from llmq_jax.objectives import MultiToken, NextToken
 
-    if not modules(model.config):
+    if not modules_ahead(model.config):
         return NextToken(model)
     start = MTP_COEFFICIENT if options.mtp_coefficient is None else options.mtp_coefficient
     end = start if options.mtp_coefficient_end is None else options.mtp_coefficient_end

@@ -33,7 +33,6 @@ from train.options import (
 from train.preferences import (
     EPOCHS,
     PairOptions,
-    answers,
     check_preference_options,
     described,
     numbered,
@@ -133,7 +132,7 @@ def main(options: Options) -> Any:
         schedule=schedule,
         evaluate=evaluate,
         sample=rewards_of_a_few(options, source.model, held_out.pairs, validation),
-        flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in answers(learned)]),
+        flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in learned.answers]),
         show=("accuracy", "margin"),
         # transformers and `llmq classify` read the last token's reward.
         next_commands=export_commands(options.out, config) if options.pooling == "last" else (),

@@ -1,7 +1,6 @@
 """The rewards of answers, from the options of train.grpo: reward functions, a reward model, and how it goes on
 learning."""
 
-import hashlib
 import math
 import os
 from pathlib import Path
@@ -131,6 +130,7 @@ def scorer_of(options: Any, source: Any, functions: Any, longest: int) -> Any:
 def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]:
     """SHA-256 of what rewards depend on besides the options, which must be unchanged when a run resumes: Python files,
     a reward model's weights, and the old pairs that it goes on learning from (`replay_data`, or None)."""
+    from llmq_jax.training.manifest import file_digest
     from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.weight_digest import weight_digest
 
@@ -147,15 +147,11 @@ def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]
 def data_digest(path: Any) -> Any:
     """SHA-256 of a file of records; for a folder {file: SHA-256}."""
     from llmq_jax.data.folders import FolderFiles
+    from llmq_jax.training.manifest import file_digest
 
     if not isinstance(path, FolderFiles):
         return file_digest(path)
     return {str(file.relative_to(path.folder)): file_digest(file) for file in path.files}
-
-
-def file_digest(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replayed(options: Any) -> int:
@@ -207,12 +203,12 @@ def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judg
     # validation needs the model as it was: hence the copy.
     variables = jax.tree.map(jnp.copy, merge(model.lm).variables)
     return RewardLearner(
-        create_state(variables, optimizer, seed=options.seed, trainable="params"),
-        step.make_train_step(objective, optimizer),
-        judge,
-        PreferenceBatches(old, count, width, options.seed),
-        options.prompts_per_step,
-        options.steps_per_iteration,
-        width,
-        model.rows,
+        state=create_state(variables, optimizer, seed=options.seed, trainable="params"),
+        update=step.make_train_step(objective, optimizer),
+        judge=judge,
+        replay=PreferenceBatches(old, count, width, options.seed),
+        new_pairs=options.prompts_per_step,
+        steps_per_iteration=options.steps_per_iteration,
+        width=width,
+        rows=model.rows,
     )

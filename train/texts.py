@@ -147,9 +147,9 @@ def token_streams(options: Any, sources: Sources, tokenizer: Any, config: Any, p
     training, validation = encode(text), None if held_out is None else encode(held_out)
     if fraction_at_end:
         training, validation = split_tokens(training, fraction_at_end)
-    sha256 = {"training": fingerprint(training)}
+    sha256 = {"training": array_digest(training)}
     if validation is not None:
-        sha256["validation"] = fingerprint(validation)
+        sha256["validation"] = array_digest(validation)
     return Streams(training, validation, text.separated, sha256)
 
 
@@ -167,7 +167,7 @@ def _prepared_streams(
         if prepared.validation is not None:
             raise BadInput(f"{prepared.folder} has tokens held out already; leave --validation-data out")
         validation = encode(_read(sources.validation, options.text_field))
-        sha256["validation"] = fingerprint(validation)
+        sha256["validation"] = array_digest(validation)
     elif options.evaluate_every != 0:
         if prepared.validation is None:
             raise BadInput(f"{prepared.folder} has no tokens held out; give --validation-data, or --evaluate-every 0")
@@ -175,13 +175,13 @@ def _prepared_streams(
     return Streams(prepared.training, validation, prepared.facts.separated, sha256)
 
 
-def fingerprint(tokens: Any) -> str:
-    """SHA-256 of a stream of tokens."""
+def array_digest(array: Any) -> str:
+    """SHA-256 of the numbers of an array, such as a stream of tokens."""
     import numpy as np
 
-    return hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def digests_of(parts: dict[str, Any], numbered: Callable[[Any], Any]) -> dict[str, str]:
     """{"training_sha256": SHA-256 of what `numbered` makes of the part "training"}, and so on, for a run's config."""
-    return {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    return {f"{name}_sha256": array_digest(numbered(part)) for name, part in parts.items()}

@@ -1,15 +1,13 @@
 """Which part of a model learns in fine-tuning: all of it, its last blocks, its head, or adapters beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.devices import check_mesh
 from train.options import RecipeOptions, model_of
-
-LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied", "whole")
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,14 @@ class TuningOptions:
     def weight_dtype(self) -> str:
         """Type of the weights that stay frozen; those that train are float32."""
         return self.base_dtype or "float32"
+
+
+LORA_FIELDS = {
+    name: "use_rslora" if name == "lora_rslora" else name.removeprefix("lora_")
+    for name in (field.name for field in fields(TuningOptions))
+    if name.startswith("lora_")
+}
+"""{option of the adapters: its field of `LoRA`}"""
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,9 @@ def check_what_trains(options: TuningOptions) -> None:
     """BadInput for an option that would have no effect."""
     cases = [("blocks", options.train != "blocks", "without --train blocks")]
     cases += [("base_dtype", options.train != "lora", "without --train lora")]
-    cases += [(f"lora_{name}", options.train != "lora", "without --train lora") for name in LORA_OPTIONS]
-    cases += [
-        (f"lora_{name}", options.lora_variant != "tinylora", "without --lora-variant tinylora")
-        for name in ("numbers", "tied")
-    ]
+    cases += [(name, options.train != "lora", "without --train lora") for name in LORA_FIELDS]
+    of_tiny = ("lora_numbers", "lora_tied")
+    cases += [(name, options.lora_variant != "tinylora", "without --lora-variant tinylora") for name in of_tiny]
     refuse_idle(options, cases)
     if options.optimizer == "muon" and options.train in ("lora", "head"):
         raise BadInput(
@@ -163,12 +167,12 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     classifier = lm.config.labels is not None
     if options.train == "lora":
         if lora.LORA not in variables:
-            with named_as_options(**{f"LoRA: {name}": f"lora_{name}" for name in LORA_OPTIONS}):
+            with named_as_options(**{f"LoRA: {field}": name for name, field in LORA_FIELDS.items()}):
                 spec = _spec(options)
                 variables = add_adapters(variables, model.layer_paths(), spec, module_names(lm.config), options.seed)
         else:
             why = "on --init-from, which has adapters already, and they go on as they are"
-            refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))
+            refuse_idle(options, ((name, True, why) for name in LORA_FIELDS))
         numbers = lora.trained_numbers(variables)
         model, variables, trainable = train_adapters(model, variables, (SCORE,) if classifier else ())
         numbers += parameter_count(variables[PARAMS]) if PARAMS in trainable else 0
@@ -206,9 +210,7 @@ def _spec(options: TuningOptions) -> Any:
     """The adapters' options, as far as they are given, as fields of `LoRA`."""
     from llmq_jax.layers.lora import LoRA
 
-    given = {name: getattr(options, f"lora_{name}") for name in LORA_OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    given["use_rslora"] = given.pop("rslora")
+    given = {field: value for name, field in LORA_FIELDS.items() if (value := getattr(options, name)) is not None}
     for name, read in (("targets", _names), ("layers", _layers), ("whole", _names)):
         if name in given:
             given[name] = read(given[name])

@@ -12,7 +12,7 @@ assistant may call, and `chat_template_kwargs` are for the chat template.
 prompt_templates.py writes conversations as text, instruction_batches.py makes tokens and batches of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,15 +154,22 @@ def with_form(record: Record, forms: Mapping[str, Sequence[str]], what: str) -> 
         nulls = [name for name in record.fields if name not in fields]
         names = (", ".join(fields) or "none") + (f"; null: {', '.join(nulls)}" if nulls else "")
         wanted = "; or ".join(", ".join(needed) for needed in forms.values())
-        partly = (needed for needed in forms.values() if any(name in fields for name in needed))
-        missing = [[name for name in needed if name not in fields] for needed in partly]
-        nearest = dict.fromkeys(" and ".join(names) for names in missing if len(names) == min(map(len, missing)))
+        nearest = _missing_least(fields, forms)
         near = f"{' or '.join(nearest)} too, or " if nearest else ""
         raise BadInput(
             f"{record.where} is no {what} (fields found: {names}): it needs {near}the fields {wanted}; --fields says "
             "what they are called in the file, as in output=response"
         )
     return Record(record.where, fields), form
+
+
+def _missing_least(fields: Collection[str], forms: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the forms of which a record has some fields lack, where that is least: ["output"], or ["chosen and
+    rejected"]."""
+    begun = (needed for needed in forms.values() if any(name in fields for name in needed))
+    missing = [[name for name in needed if name not in fields] for needed in begun]
+    least = min(map(len, missing), default=0)
+    return list(dict.fromkeys(" and ".join(names) for names in missing if len(names) == least))
 
 
 def answer(record: Record, name: str) -> Message:

@@ -47,7 +47,7 @@ class PreferenceBatches(BatchesByLength):
         return _with_margins(self.pairs, self.columns)
 
     def _tokens(self, row: PreferenceExample) -> int:
-        return len(row.chosen.tokens) + len(row.rejected.tokens)
+        return sum(len(side.tokens) for side in row.sides)
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return preference_batch(self.pairs, indices, self.batch_size, self.longest, self._columns)
@@ -105,7 +105,7 @@ def preference_batch(
     """
     chosen = [pairs[index] for index in indices]
     width = bucket_width(max(map(len, chosen)), longest)
-    sides = [side for pair in chosen for side in (pair.chosen, pair.rejected)]
+    sides = [side for pair in chosen for side in pair.sides]
     empty = [()] * (2 * (batch_size - len(chosen)))
     tokens, lengths = pad([*(side.tokens for side in sides), *empty], width)
     response_mask, _ = pad([*(side.learned for side in sides), *empty], width)

@@ -88,9 +88,14 @@ class PreferenceExample:
     margin: float | None
     where: str
 
+    @property
+    def sides(self) -> tuple[Example, Example]:
+        """(chosen, rejected)"""
+        return self.chosen, self.rejected
+
     def __len__(self) -> int:
         """Tokens of the longer one."""
-        return max(len(self.chosen.tokens), len(self.rejected.tokens))
+        return max(len(side.tokens) for side in self.sides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +112,14 @@ class PreferenceExamples:
         return len(self.pairs)
 
     @property
+    def answers(self) -> list[Example]:
+        """Both answers of each pair, with the prompt."""
+        return [side for pair in self.pairs for side in pair.sides]
+
+    @property
     def tokens(self) -> int:
-        """Tokens of both answers of all pairs, with their prompts."""
-        return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
+        """Tokens of all answers, with their prompts."""
+        return sum(len(answer.tokens) for answer in self.answers)
 
 
 def read_preferences(
@@ -234,7 +244,7 @@ def tokenize_preferences(
         if is_long:
             pair = replace(pair, chosen=pair.chosen.cut_to(context), rejected=pair.rejected.cut_to(context))
         # The first token is no response: nothing stands before it.
-        responses = all(side.learned[1:].any() for side in (pair.chosen, pair.rejected))
+        responses = all(side.learned[1:].any() for side in pair.sides)
         differ = pair.chosen.tokens.tolist() != pair.rejected.tokens.tolist()
         if not (responses and differ) or (is_long and too_long == "drop"):
             dropped += 1

@@ -28,7 +28,7 @@ from llmq_jax.generation.speculative import (
     start_draft,
 )
 from llmq_jax.host_copies import to_host
-from llmq_jax.models.deepseek3 import DeepSeek3
+from llmq_jax.models.deepseek3 import DeepSeek3, modules_ahead
 
 if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel
@@ -379,7 +379,7 @@ def _drafting(
     if draft != MTP and not hasattr(draft, "variables"):
         raise BadInput(f"draft={draft!r} is neither a loaded model (lq.load) nor {MTP!r}")
     if isinstance(draft, str):
-        if not getattr(lm.config, "num_nextn_predict_layers", 0):
+        if not modules_ahead(lm.config):
             raise BadInput(
                 f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction; "
                 "give a smaller model as draft"

@@ -65,6 +65,28 @@ ROPE_FIELDS = {GLOBAL: "rope_parameters", LOCAL: "local_rope_parameters"}
 """{kind of layer: field with its RoPE}, in configs that have both."""
 
 
+class KindsOfLayers:
+    """What a config with `layer_types`, and `usual_layer_types` where these are None, says of each layer."""
+
+    layer_types: tuple[str, ...] | list[str] | None
+    sliding_window: Any
+
+    @property
+    def usual_layer_types(self) -> tuple[str, ...]:
+        """The kind of each layer where `layer_types` is None."""
+        raise NotImplementedError
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.usual_layer_types if self.layer_types is None else tuple(self.layer_types)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Keys that a token sees in each layer; None is all."""
+        return tuple(self.sliding_window if kind == LOCAL else None for kind in self.layer_kinds)
+
+
 def set_layer_types(config: Any) -> None:
     """Check `layer_types`, the kind of each layer, of a new config; None stands for `usual_layer_types`."""
     if config.layer_types is None:

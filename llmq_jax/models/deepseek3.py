@@ -374,6 +374,11 @@ class DeepSeek3(Llama3):
         return hidden, previous, cache
 
 
+def modules_ahead(config: Any) -> int:
+    """The number of modules of multi-token prediction in a model of this config, which may be of any architecture."""
+    return getattr(config, "num_nextn_predict_layers", 0)
+
+
 def has_token_ahead(
     tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, distance: int
 ) -> Bool[Array, "B T"]:

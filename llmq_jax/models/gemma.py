@@ -36,6 +36,7 @@ from llmq_jax.models.config import (
     GLOBAL,
     LOCAL,
     ROPE_FIELDS,
+    KindsOfLayers,
     require,
     require_at_least,
     require_one_of,
@@ -53,7 +54,7 @@ FAST, SLOW = Rope(rope_theta=10_000.0), Rope(rope_theta=1_000_000.0)
 
 
 @dataclass(frozen=True)
-class Gemma2Config:
+class Gemma2Config(KindsOfLayers):
     """Fields bear transformers' names and defaults (Gemma 2 2B)."""
 
     model_type: ClassVar[str] = "gemma2"
@@ -160,16 +161,6 @@ class Gemma2Config:
     def usual_layer_types(self) -> tuple[str, ...]:
         """The kind of each layer where `layer_types` is None: the pattern, written out."""
         return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_hidden_layers))
-
-    @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of each layer."""
-        return self.usual_layer_types if self.layer_types is None else tuple(self.layer_types)
-
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """Keys that a token sees in each layer; None is all."""
-        return tuple(self.sliding_window if kind == LOCAL else None for kind in self.layer_kinds)
 
     @property
     def rope(self) -> Rope:

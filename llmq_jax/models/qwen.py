@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.positions import Rope
-from llmq_jax.models.config import GLOBAL, LOCAL, require, require_at_least, set_layer_types
+from llmq_jax.models.config import GLOBAL, LOCAL, KindsOfLayers, require, require_at_least, set_layer_types
 from llmq_jax.models.llama3 import DEFAULT_ROPE, Llama3Config
 from llmq_jax.models.mixtral import MixtralConfig
 
 
 @dataclass(frozen=True)
-class Qwen2Config(Llama3Config):
+class Qwen2Config(KindsOfLayers, Llama3Config):
     """What differs from Llama; the defaults are transformers'."""
 
     model_type: ClassVar[str] = "qwen2"
@@ -67,15 +67,6 @@ class Qwen2Config(Llama3Config):
     def usual_layer_types(self) -> tuple[str, ...]:
         """The kind of each layer where `layer_types` is None."""
         return (GLOBAL if self.sliding_window is None else LOCAL,) * self.num_hidden_layers
-
-    @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of each layer."""
-        return self.usual_layer_types if self.layer_types is None else tuple(self.layer_types)
-
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        return tuple(self.sliding_window if kind == LOCAL else None for kind in self.layer_kinds)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ An objective as `next_token` describes it, except for two terms that TRL defines
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import jax
@@ -100,7 +101,7 @@ class LossOptions:
     def __post_init__(self) -> None:
         if self.loss_type not in OPTIONS:
             raise BadInput(f"loss_type={self.loss_type!r} is unknown; {did_you_mean(self.loss_type, OPTIONS)}")
-        for name in ("clip_low", "clip_high", "max_length", "sapo_temperature_positive", "sapo_temperature_negative"):
+        for name in dict.fromkeys(chain.from_iterable(OPTIONS.values())):
             if getattr(self, name) is not None and name not in OPTIONS[self.loss_type]:
                 readers = ", ".join(loss_type for loss_type in OPTIONS if name in OPTIONS[loss_type])
                 raise BadInput(

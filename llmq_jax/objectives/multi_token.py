@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder
-from llmq_jax.models.deepseek3 import has_token_ahead
+from llmq_jax.models.deepseek3 import has_token_ahead, modules_ahead
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
 from llmq_jax.objectives.next_token import head_loss
@@ -46,7 +46,7 @@ class MultiToken:
     @property
     def depth(self) -> int:
         """D, the number of the model's modules."""
-        return getattr(self.model.config, "num_nextn_predict_layers", 0)
+        return modules_ahead(self.model.config)
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
         """The number of targets that count at each depth; in training also λ at this step."""

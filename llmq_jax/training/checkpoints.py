@@ -26,7 +26,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,7 +48,7 @@ from llmq_jax.training.manifest import (
     verify_manifest,
     write_manifest,
 )
-from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
+from llmq_jax.training.processes import first, of_first, share, wait_for_all
 
 JudgedBy = tuple[str, Literal["lowest", "highest"]]
 """The validation metric that tells how good a step is, and which of its values is best."""
@@ -119,22 +119,24 @@ class Checkpoints:
 
     def judged_by(self) -> JudgedBy | None:
         """What steps are judged by, from the newest checkpoint that says it; None where none does."""
-        for step in reversed(self.steps()):
-            with contextlib.suppress(CorruptCheckpoint, BadInput):
-                info = read_info(self.path(step))
-                if info.judged_by is not None:
-                    return info.judged_by, "highest" if info.best == "highest" else "lowest"
+        for _, info in self._read_infos(reversed(self.steps())):
+            if info.judged_by is not None:
+                return info.judged_by, "highest" if info.best == "highest" else "lowest"
         return None
 
     def values(self, judged_by: JudgedBy) -> list[tuple[int, float]]:
         """(step, value) of the checkpoints whose steps were judged by this."""
-        found = []
-        for step in self.steps():
-            with contextlib.suppress(CorruptCheckpoint, BadInput):
-                info = read_info(self.path(step))
-                if info.value is not None and (info.judged_by, info.best) == judged_by:
-                    found.append((step, info.value))
-        return found
+        return [
+            (step, info.value)
+            for step, info in self._read_infos(self.steps())
+            if info.value is not None and (info.judged_by, info.best) == judged_by
+        ]
+
+    def _read_infos(self, steps: Iterable[int]) -> Iterator[tuple[int, CheckpointInfo]]:
+        """(step, what its checkpoint says of itself) for those of these steps whose checkpoints can be read."""
+        for step in steps:
+            with contextlib.suppress(BadInput):
+                yield step, read_info(self.path(step))
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -318,7 +320,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 def restore_checkpoint(folder: Path, example: Any) -> Restored:
     """The state in the folder of a checkpoint, as `Checkpoints.restore` gives it."""
-    together(lambda: _verify(folder) if first() else None)
+    of_first(lambda: _verify(folder))
     return read_checkpoint(folder, example)
 
 

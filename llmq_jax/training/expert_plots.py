@@ -8,7 +8,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models import build, config_from_fields
-from llmq_jax.models.deepseek3 import MTP
+from llmq_jax.models.deepseek3 import MTP, modules_ahead
 from llmq_jax.training.metrics import Record
 from llmq_jax.training.plots import (
     INK,
@@ -70,7 +70,7 @@ def _row_names(folder: Path, rows: int) -> list[str]:
         return plain
     experts = build(config).experts
     layers = [str(i) for i in range(config.num_hidden_layers) if experts is not None and experts.in_layer(i)]
-    modules = [f"{MTP} {depth}" for depth in range(1, getattr(config, "num_nextn_predict_layers", 0) + 1)]
+    modules = [f"{MTP} {depth}" for depth in range(1, modules_ahead(config) + 1)]
     return next((names for names in (layers, layers + modules) if len(names) == rows), plain)
 
 

@@ -381,9 +381,9 @@ def _joined(parts: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
         return None if arrays[0] is None else np.concatenate(arrays)
 
     rollout = Rollout(
-        [prompt for rollout in rollouts for prompt in rollout.prompts],
-        rollouts[0].group_size,
-        np.concatenate([np.pad(x.tokens, ((0, 0), (0, width - x.tokens.shape[1]))) for x in rollouts]),
+        prompts=[prompt for rollout in rollouts for prompt in rollout.prompts],
+        group_size=rollouts[0].group_size,
+        tokens=np.concatenate([np.pad(x.tokens, ((0, 0), (0, width - x.tokens.shape[1]))) for x in rollouts]),
         completions=[text for rollout in rollouts for text in rollout.completions],
         **{name: together([getattr(rollout, name) for rollout in rollouts]) for name in OF_ROWS},
     )

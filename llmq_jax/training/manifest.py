@@ -31,7 +31,7 @@ def write_manifest(folder: Path, known: Mapping[str, Any] | None = None) -> None
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         if name not in files:
-            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
     with open(folder / MANIFEST, "wb") as file:
         file.write(json_bytes({"version": 1, "files": files}))
         file.flush()
@@ -53,7 +53,7 @@ def verify_manifest(folder: Path) -> None:
             fault = "is no file"
         elif (now := found[name].stat().st_size) != size:
             fault = f"has {now:,} bytes instead of {size:,}"
-        elif _sha256(found[name]) != digest:
+        elif file_digest(found[name]) != digest:
             fault = "has changed since it was saved (SHA-256 differs)"
         else:
             continue
@@ -88,6 +88,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -141,9 +141,12 @@ class Partitioner:
             weight = self.is_weight(value) and bool({FSDP, TENSOR} & set(axes))  # data divides only updates
             label = GATHERED if weight and not value.gradient else None
             whole = Value(value.aval, spec, label)
-            of = f"weights, {BACKWARD if self.backward else FORWARD}" if weight else "activations"
-            of = "updates" if self.is_weight(value) and not weight else of
-            of = "gradients" if value.gradient else of
+            if value.gradient:
+                of = "gradients"
+            elif weight:
+                of = f"weights, {BACKWARD if self.backward else FORWARD}"
+            else:
+                of = "updates" if self.is_weight(value) else "activations"
             self.send(f"all-gather of {of}", axes, self.bytes(whole))
             before.append(Operation("all-gather", [value], [whole]))
             copies[key] = whole

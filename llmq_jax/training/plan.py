@@ -38,7 +38,8 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import AXES, MESH_AXES, partition_spec, path_names, row_devices
-from llmq_jax.models import DeepSeek3, build, init
+from llmq_jax.models import build, init
+from llmq_jax.models.deepseek3 import modules_ahead
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.device_program import COPIES, GRADIENTS, KEPT, LOSS, UNSUMMED, UPDATE, WORKING, Device
 from llmq_jax.training.optimizer import MOMENTS, adamw, muon
@@ -126,8 +127,7 @@ def plan(run: Run) -> Plan:
 def abstract_step(run: Run) -> tuple[Any, TrainState, dict[str, Any]]:
     """(the compiled step, its state and its batch as shapes), on the mesh that is set."""
     model = build(run.config, dtype=run.dtype, remat=run.remat, attention=run.attention)
-    ahead = getattr(run.config, "num_nextn_predict_layers", 0)
-    objective = MultiToken(model) if isinstance(model, DeepSeek3) and ahead else NextToken(model)
+    objective = MultiToken(model) if modules_ahead(run.config) else NextToken(model)
     state: TrainState = _abstract_state(run.config, run.optimizer, run.moments, run.dtype)
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.context), "int32")
     batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct(tokens.shape, "float32")}

@@ -92,13 +92,13 @@ def roll_out(
     ends = set(lm.generation.eos_token_id)
     assert drawn.text is not None
     return Rollout(
-        list(prompts),
-        group_size,
-        tokens,
-        lengths,
-        np.array([len(prompt) for prompt in asked], np.int32),
-        drawn.logprobs,
-        (np.arange(max_new_tokens) < drawn.lengths[:, None]).astype(np.float32),
-        np.array([answer[-1] in ends for answer in answers]),
-        drawn.text,
+        prompts=list(prompts),
+        group_size=group_size,
+        tokens=tokens,
+        lengths=lengths,
+        prompt_lengths=np.array([len(prompt) for prompt in asked], np.int32),
+        logprobs=drawn.logprobs,
+        answer_mask=(np.arange(max_new_tokens) < drawn.lengths[:, None]).astype(np.float32),
+        terminated=np.array([answer[-1] in ends for answer in answers]),
+        completions=drawn.text,
     )

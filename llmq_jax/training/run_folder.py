@@ -27,7 +27,7 @@ from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.json_text import parse_json
 from llmq_jax.training.checkpoints import CHECKPOINTS, find_checkpoint
 from llmq_jax.training.metrics import METRICS, SAMPLES
-from llmq_jax.training.processes import first, same, share, together
+from llmq_jax.training.processes import first, of_first, same, share, together
 from llmq_jax.training.trackers import WANDB_ID
 from llmq_jax.whole_folders import refuse_no_permission
 
@@ -68,9 +68,9 @@ class RunFolder:
         # A number that no other lock has: in containers ids of processes recur.
         self._owner = owner = share(f"{os.getpid()}\n{secrets.token_hex(8)}\n")
         try:
-            together(lambda: self._take(owner, may_change) if first() else None)
+            of_first(lambda: self._take(owner, may_change))
             self._require_shared(owner)
-            together(lambda: self._begin(may_change) if first() else None)
+            of_first(lambda: self._begin(may_change))
         except BaseException:
             self.close()
             raise
@@ -119,7 +119,7 @@ class RunFolder:
                     "command with its new name goes on from its newest checkpoint"
                 )
 
-        together(lambda: look() if first() else None)
+        of_first(look)
 
     @property
     def finished(self) -> bool:

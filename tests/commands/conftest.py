@@ -5,7 +5,6 @@ import itertools
 from functools import partial
 
 import pytest
-import tokenizers
 
 import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
@@ -48,28 +47,23 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
-SPECIAL = {"<|system|>": 257, "<|user|>": 258, "<|assistant|>": 259, "<|end|>": 260}
+SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+END = 260
 
 
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory):
     """A model of random weights with bytes, the four special tokens and a chat template."""
-    files = tmp_path_factory.mktemp("tokenizer")
-    ByteTokenizer().save(files)
-    tokenizer = tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.save(str(files / "tokenizer.json"))
-    (files / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tokenizer = ByteTokenizer().with_tokens(SPECIAL).with_chat_template(CHAT_TEMPLATE)
     config = lq.GPT2Config(
-        vocab_size=261,
+        vocab_size=tokenizer.vocab_size,
         max_position_embeddings=96,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         initializer_range=0.3,  # large, so that what is said depends on what was said
     )
-    generation = lq.GenerationConfig(eos_token_id=(SPECIAL["<|end|>"],))
-    tokenizer = lq.FileTokenizer(files)
+    generation = lq.GenerationConfig(eos_token_id=(END,))
     folder = tmp_path_factory.mktemp("models") / "chatting"
     lq.save_hf(lq.LanguageModel(config, lq.build(config), lq.init(config, seed=5), tokenizer, generation), folder)
     return folder

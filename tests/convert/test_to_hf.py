@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
 
 import llmq_jax as lq
-from llmq_jax.data import ByteTokenizer, FileTokenizer
+from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
 from tests.models.test_deepseek3 import TINY as DEEPSEEK
@@ -33,11 +32,6 @@ END_OF_TEXT, END = 256, 257
 def folder(tmp_path_factory):
     """With a base, `models/base`, and a run that taught it a chat template, `run`."""
     folder = tmp_path_factory.mktemp("fine-tuned")
-    ByteTokenizer().save(folder / "tokenizer")
-    file = folder / "tokenizer" / "tokenizer.json"
-    described = tokenizers.Tokenizer.from_file(str(file))
-    described.add_special_tokens(["<|end|>"])
-    described.save(str(file))
     config = lq.Llama3Config(
         vocab_size=258,
         max_position_embeddings=64,
@@ -49,7 +43,7 @@ def folder(tmp_path_factory):
         initializer_range=0.1,
     )
     ends = GenerationConfig(eos_token_id=(END_OF_TEXT,), pad_token_id=0, other={"top_k": 7})
-    lm = LanguageModel(config, lq.build(config), lq.init(config, seed=1), FileTokenizer(file), ends)
+    lm = LanguageModel(config, lq.build(config), lq.init(config, seed=1), ByteTokenizer().with_tokens("<|end|>"), ends)
     lq.save_hf(lm, folder / "models" / "base", dtype="bfloat16")
     rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("a", "b", "ab", "ba", "abc")]
     (folder / "data.json").write_text(json.dumps(rows))

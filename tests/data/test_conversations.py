@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmq_jax.data import ByteTokenizer, FileTokenizer, default_template, read_conversations, render
+from llmq_jax.data import ByteTokenizer, default_template, read_conversations, render
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.errors import BadInput
 
@@ -279,10 +279,7 @@ def test_a_folder_of_files(tmp_path):
 
 
 def test_default_template(tmp_path):
-    (tmp_path / "chat").mkdir()
-    ByteTokenizer().save(tmp_path / "chat")
-    (tmp_path / "chat" / "chat_template.jinja").write_text(CHATML)
-    plain, chat = ByteTokenizer(), FileTokenizer(tmp_path / "chat")
+    plain, chat = ByteTokenizer(), ByteTokenizer().with_chat_template(CHATML)
     for record, without, with_template in (
         (ALPACA, "alpaca", "chat"),
         (CHAT, "chat", "chat"),

@@ -10,7 +10,6 @@ import pytest
 
 from llmq_jax.data import (
     ByteTokenizer,
-    FileTokenizer,
     GPT2Tokenizer,
     chat_ending,
     default_template,
@@ -60,11 +59,8 @@ def read(tmp_path):
 
 
 @pytest.fixture
-def chat(tmp_path):
-    (tmp_path / "chat").mkdir()
-    ByteTokenizer().save(tmp_path / "chat")
-    (tmp_path / "chat" / "chat_template.jinja").write_text(CHATML)
-    return FileTokenizer(tmp_path / "chat")
+def chat():
+    return ByteTokenizer().with_chat_template(CHATML)
 
 
 def parts(tokenizer, preferences, template, **arguments):

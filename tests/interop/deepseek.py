@@ -1,6 +1,5 @@
 """What the tests of DeepSeek V3's weights and configs share."""
 
-import jax
 import numpy as np
 
 from llmq_jax.models import override
@@ -38,10 +37,3 @@ QUANTIZATION = {
     "weight_block_size": [128, 128],
     "activation_scheme": "dynamic",
 }
-
-
-def assert_equal_trees(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)

@@ -19,10 +19,10 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.models import build, override
-from tests.interop.deepseek import AHEAD, BIAS, PLAIN, SIZES, TOKENS, assert_equal_trees
+from tests.interop.deepseek import AHEAD, BIAS, PLAIN, SIZES, TOKENS
 from tests.interop.refusals import refused
 from tests.parity.references import numpy_state, randomise
-from tests.weights import draw_variables
+from tests.weights import assert_equal_trees, draw_variables
 
 CONFIGS = {
     "plain": PLAIN,

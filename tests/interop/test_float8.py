@@ -16,9 +16,9 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.float8 import dequantised
 from llmq_jax.models import override
-from tests.interop.deepseek import AHEAD, BIAS, QUANTIZATION, TOKENS, assert_equal_trees
+from tests.interop.deepseek import AHEAD, BIAS, QUANTIZATION, TOKENS
 from tests.interop.refusals import refused
-from tests.weights import draw_variables
+from tests.weights import assert_equal_trees, draw_variables
 
 pytestmark = pytest.mark.filterwarnings("error")
 

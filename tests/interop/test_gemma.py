@@ -24,7 +24,7 @@ from llmq_jax.model_files import load, save
 from llmq_jax.models import abstract_variables, build, override, preset
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
 from tests.interop.refusals import refused
-from tests.weights import draw_variables
+from tests.weights import assert_equal_trees, draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 10.
 SIZES = {
@@ -99,10 +99,7 @@ def test_there_and_back(dtype, configs):
     for config in configs:
         variables = draw_variables(config, dtype=dtype)
         back = from_state_dict(to_state_dict(variables, config), config)
-        assert jax.tree.structure(back) == jax.tree.structure(variables)
-        for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
+        assert_equal_trees(back, variables)
 
 
 def test_weights_do_not_depend_on_the_arrangement_of_layers():

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from llmq_jax.model_files import load
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3Config
 from tests.interop.refusals import refused
-from tests.weights import draw_variables
+from tests.weights import assert_equal_trees, draw_variables
 
 TIED = GPT2Config(vocab_size=11, max_position_embeddings=7, hidden_size=6, num_hidden_layers=2, num_attention_heads=3)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, intermediate_size=5)
@@ -58,14 +57,6 @@ def book_name(name):
     return ".".join(BOOK_NAMES.get(part, part) for part in name.split("."))
 
 
-def assert_same(left, right):
-    """The same tree, the same types, the same bits."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for ours, theirs in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert ours.dtype == theirs.dtype
-        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_there_and_back(layout, dtype):
@@ -74,7 +65,7 @@ def test_there_and_back(layout, dtype):
             continue
         variables = draw_variables(config, dtype=dtype)
         state = to_state_dict(variables, config, layout)
-        assert_same(from_state_dict(state, config, layout), variables)
+        assert_equal_trees(from_state_dict(state, config, layout), variables)
 
 
 def test_a_head_that_a_layout_has_no_name_for():
@@ -140,7 +131,7 @@ def test_masks_are_passed_over(layout):
     variables = draw_variables(TIED)
     state = to_state_dict(variables, TIED, layout)
     masks = {f"trf_blocks.{layer}.att.mask": np.triu(np.ones((7, 7), np.float32), 1) for layer in range(2)}
-    assert_same(from_state_dict({**masks, **state}, TIED, layout), variables)
+    assert_equal_trees(from_state_dict({**masks, **state}, TIED, layout), variables)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +153,7 @@ def test_heads(layout, head, source):
     )
     # A file may keep the shared tensor by the head's name alone, as safetensors' `save_model` does.
     alone = {name: array for name, array in tied.items() if name != source}
-    assert_same(from_state_dict(alone, TIED, layout), from_state_dict(tied, TIED, layout))
+    assert_equal_trees(from_state_dict(alone, TIED, layout), from_state_dict(tied, TIED, layout))
     # A head that begins equal may be told to go its own way.
     config = config_from_state_dict(tied, layout, num_attention_heads=3, tie_word_embeddings=False)
     assert "lm_head" in from_state_dict(tied, config, layout)["params"]
@@ -276,9 +267,9 @@ def test_a_training_checkpoint(checkpoint):
     path, layout, variables, config = checkpoint
     lm = load(path, layout=layout, config={"num_attention_heads": 3})
     assert lm.config == config
-    assert_same(lm.variables, variables)
+    assert_equal_trees(lm.variables, variables)
     assert lm.tokenizer is None
-    assert_same(load(path, layout=layout, config=config).variables, variables)
+    assert_equal_trees(load(path, layout=layout, config=config).variables, variables)
 
 
 def test_a_training_checkpoint_without_what_is_needed(checkpoint):

@@ -24,7 +24,7 @@ from llmq_jax.model_files import load, save
 from llmq_jax.models import build, override, preset
 from llmq_jax.models.llama3 import Llama3Config
 from tests.interop.refusals import refused
-from tests.weights import draw_variables
+from tests.weights import assert_equal_trees, draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 10.
 SIZES = {
@@ -108,10 +108,7 @@ def test_there_and_back(layout, dtype):
     for config in CONFIGS[layout]:
         variables = draw_variables(config, dtype=dtype)
         back = from_state_dict(to_state_dict(variables, config, layout), config, layout)
-        assert jax.tree.structure(back) == jax.tree.structure(variables)
-        for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
+        assert_equal_trees(back, variables)
 
 
 def llama_cpp_s_order(weight, heads):

@@ -24,7 +24,7 @@ from llmq_jax.models.mixtral import MixtralConfig
 from llmq_jax.models.qwen import Qwen3MoeConfig
 from tests.interop.refusals import refused
 from tests.parity.references import numpy_state, randomise
-from tests.weights import draw_variables
+from tests.weights import assert_equal_trees, draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 8, E 5: multiples of 4 where torch multiplies by experts.
 SIZES = {
@@ -100,10 +100,7 @@ def test_there_and_back(config, dtype):
     state = to_state_dict(variables, config)
     for spelling in (state, fused(state)):
         back = from_state_dict(spelling, config)
-        assert jax.tree.structure(back) == jax.tree.structure(variables)
-        for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
+        assert_equal_trees(back, variables)
 
 
 def test_where_experts_end_up():

@@ -112,7 +112,7 @@ def test_loss_metrics_and_gradients(folder, tmp_path, caplog, beta, gamma):
 
 def test_the_script_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    tokenizer = chat_tokenizer()
     config = lq.Llama3Config(vocab_size=tokenizer.vocab_size, **LLAMA)
     ends = lq.GenerationConfig(eos_token_id=(tokenizer.vocab_size - 1,))
     lm = lq.LanguageModel(config, lq.build(config), lq.init(config, seed=1), tokenizer, ends)

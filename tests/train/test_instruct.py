@@ -11,7 +11,6 @@ import llmq_jax as lq
 from llmq_jax.data import (
     ByteTokenizer,
     Example,
-    FileTokenizer,
     read_conversations,
     render,
     split_documents,
@@ -51,15 +50,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """With ChatML's template and its two special tokens."""
-    import tokenizers as hf_tokenizers
-
-    folder = tmp_path_factory.mktemp("chat")
-    ByteTokenizer().save(folder / "tokenizer")
-    loaded = hf_tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    loaded.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    loaded.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "chat_template.jinja").write_text(CHATML)
-    return make_model(folder / "model", FileTokenizer(folder / "tokenizer"))
+    tokenizer = ByteTokenizer().with_tokens(("<|im_start|>", "<|im_end|>")).with_chat_template(CHATML)
+    return make_model(tmp_path_factory.mktemp("chat") / "model", tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.processes import gpus_of_task, joined, port_of_step
+from llmq_jax.training.joining import gpus_of_task, joined, port_of_step
 from tests.devices import with_devices
 from tests.forks import Forks
 from tests.ports import free_port
@@ -210,9 +210,7 @@ def test_a_cluster_is_found_and_what_cannot_be_is_told(begin, folder):
 def test_a_coordinator_that_does_not_answer():
     lonely = f"'127.0.0.1:{free_port()}', 2, 1"
     program = (
-        "from llmq_jax.training import processes\n"
-        "processes.PATIENCE_SECONDS = 3\n"
-        f"with processes.joined({lonely}): pass"
+        f"from llmq_jax.training import joining\njoining.PATIENCE_SECONDS = 3\nwith joining.joined({lonely}): pass"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and "did not bring the processes together within 3 s" in done.stderr, done.stderr
@@ -222,7 +220,7 @@ def test_a_coordinator_that_does_not_answer():
 @pytest.mark.exhaustive
 def test_a_coordinator_whose_name_is_not_known_is_told_at_once_and_ctrl_c_ends_the_waiting():
     name = "x" * 64  # longer than any name may be, so that nobody is asked for it
-    program = f"from llmq_jax.training import processes\nwith processes.joined('{name}:9911', 2, 1): pass"
+    program = f"from llmq_jax.training import joining\nwith joining.joined('{name}:9911', 2, 1): pass"
     pipes = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
         told = process.stderr.readline()
@@ -294,10 +292,10 @@ def ends_of_two(second, parting):
     port = free_port()
     program = (
         "import contextlib, io, os, signal, sys\n"
-        "from llmq_jax.training import last_words, processes\n"
+        "from llmq_jax.training import joining, last_words, processes\n"
         f"last_words.GRACE_SECONDS, last_words.PARTING_SECONDS = 1, {parting}\n"
         "process = int(sys.argv[1])\n"
-        f"with processes.joined('127.0.0.1:{port}', 2, process):\n"
+        f"with joining.joined('127.0.0.1:{port}', 2, process):\n"
         "    processes.wait_for_all('both')\n"
         f"    if process == 1: {second}\n"
         "    with contextlib.redirect_stderr(io.StringIO()): processes.wait_for_all('one')\n"
@@ -365,14 +363,14 @@ def test_what_one_process_lacks_ends_both(begin):
     ],
 )
 def test_the_gpus_of_a_task(monkeypatch, told, gpus):
-    monkeypatch.setattr("llmq_jax.training.processes.DEVICE_FILES", "none")
+    monkeypatch.setattr("llmq_jax.training.joining.DEVICE_FILES", "none")
     assert gpus_of_task({"SLURM_LOCALID": "0", **told}) == gpus
 
 
 def test_the_gpus_of_a_task_that_slurm_does_not_manage(monkeypatch, tmp_path):
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("llmq_jax.training.processes.DEVICE_FILES", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.setattr("llmq_jax.training.joining.DEVICE_FILES", f"{tmp_path}/nvidia[0-9]*")
     assert gpus_of_task({"SLURM_LOCALID": "0"}) == [0, 1]
     assert gpus_of_task({"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}) is None  # JAX gives one to each
     assert gpus_of_task({"SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": ""}) is None

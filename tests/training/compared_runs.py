@@ -4,13 +4,11 @@ import io
 import json
 import signal
 
-import jax
-import numpy as np
-import tiny_run
-
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 from tests.forks import Forks
+from tests.training import tiny_run
+from tests.weights import assert_equal_trees
 
 
 def timeless(folder):
@@ -38,15 +36,8 @@ def assert_same_run(one, other):
     assert timeless(one) == timeless(other)
     assert figures(one) == figures(other)
     assert (one / "samples.txt").read_bytes() == (other / "samples.txt").read_bytes()
-    assert_same_arrays(final_state(one), final_state(other))
+    assert_equal_trees(final_state(one), final_state(other))
     assert Checkpoints(one / "checkpoints").steps() == Checkpoints(other / "checkpoints").steps()
-
-
-def assert_same_arrays(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
 
 
 def quiet(folder, *arguments, **named):

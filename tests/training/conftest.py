@@ -1,17 +1,12 @@
-"""Lets the tests import tiny_run.py, which is a script too, and has a whole run for those of a module."""
-
-import sys
-from pathlib import Path
+"""A whole run for the tests of a module."""
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of an uninterrupted run."""
-    from compared_runs import quiet
+    from tests.training.compared_runs import quiet
 
     folder = tmp_path_factory.mktemp("runs") / "whole"
     quiet(folder)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from old_checkpoints import in_format_1, save_as_format_3_began, save_in_format_2
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import checkpoints as module
 from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
 from llmq_jax.training.state import create_state
+from tests.training.old_checkpoints import in_format_1, save_as_format_3_began, save_in_format_2
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"a": True, "b": False}))
 

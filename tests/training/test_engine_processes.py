@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_run
 from safetensors.numpy import load_file, save_file
 
 import llmq_jax as lq
@@ -23,11 +22,12 @@ from tests.weights import draw_variables
 # would stop after step 14, the other after 10.
 LOADS_AND_STOPS_EARLY = """
 import os, sys
-import jax, tiny_run
+import jax
 import llmq_jax as lq
 from dataclasses import replace
 from llmq_jax.layers.axes import on_host
-from llmq_jax.training.processes import joined
+from llmq_jax.training.joining import joined
+from tests.training import tiny_run
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with joined(address, 2, process):
@@ -54,7 +54,7 @@ with joined(address, 2, process):
 OPENS_ITS_OWN = """
 import os, sys
 from llmq_jax.training import run_folder
-from llmq_jax.training.processes import joined
+from llmq_jax.training.joining import joined
 
 address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 os.makedirs(f"{folder}/{process}", exist_ok=True)
@@ -72,8 +72,7 @@ with joined(address, 2, process):
 def two(program, *arguments):
     """(exit code, standard output, standard error) of two processes with a device each."""
     address = f"127.0.0.1:{free_port()}"
-    paths = f"{Path(tiny_run.__file__).parent}:{Path(__file__).parents[2]}"
-    environment = {**with_devices(1), "PYTHONPATH": paths}
+    environment = {**with_devices(1), "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     processes = [
         subprocess.Popen([sys.executable, "-c", program, address, str(process), *map(str, arguments)], **pipes)

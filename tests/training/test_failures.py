@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import jax
 import pytest
-import tiny_run
-from compared_runs import assert_same_run, broken_at, quiet
-from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.failures import DiskFull, NonFiniteLoss
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.run_options import RunOptions
+from tests.training import tiny_run
+from tests.training.compared_runs import assert_same_run, broken_at, quiet
+from tests.training.tiny_run import OPTIONS, STEPS, Batches
 
 
 class Poisoned(Batches):

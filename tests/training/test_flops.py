@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
 from jax.experimental.pallas import tpu as pltpu
-from tiny_run import OPTIONS
 
 import llmq_jax as lq
 from bench.products import products_of
@@ -21,6 +19,8 @@ from llmq_jax.training.flops import Peak, attention_flops, passed_weights, peak_
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.parts import LORA
 from tests.mesh_program import CONFIGS
+from tests.training import tiny_run
+from tests.training.tiny_run import OPTIONS
 
 LENGTH = 12
 ALL_SCORES = 2 * LENGTH / (LENGTH + 1)

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_run
-from tiny_run import OPTIONS, Batches
 
 import llmq_jax as lq
 from llmq_jax.host_copies import to_host
@@ -21,6 +19,8 @@ from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, usage
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import Compiled, make_train_step
+from tests.training import tiny_run
+from tests.training.tiny_run import OPTIONS, Batches
 
 PETABYTE = (2**24, 2**24)
 PLAIN = replace(OPTIONS, evaluate_every=0, sample_every=0)

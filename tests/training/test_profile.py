@@ -6,14 +6,14 @@ import signal
 from dataclasses import replace
 
 import pytest
-import tiny_run
-from compared_runs import assert_same_run, quiet
-from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.profile import profiled_steps
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
+from tests.training import tiny_run
+from tests.training.compared_runs import assert_same_run, quiet
+from tests.training.tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 
 def traced_steps(folder):

@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import tiny_run
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import SamplesFile, read_samples
 from llmq_jax.training.report_page import write_report_page
+from tests.training import tiny_run
 
 BROWSER = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None

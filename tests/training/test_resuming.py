@@ -7,18 +7,6 @@ from dataclasses import replace
 
 import jax
 import pytest
-import tiny_run
-from compared_runs import (
-    assert_same_arrays,
-    assert_same_run,
-    broken_at,
-    final_state,
-    flip_a_bit,
-    killed,
-    quiet,
-    timeless,
-)
-from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
@@ -27,6 +15,18 @@ from llmq_jax.training.resuming import resume
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.signals import StoppedBySignal
 from llmq_jax.training.validation import Validation
+from tests.training import tiny_run
+from tests.training.compared_runs import (
+    assert_same_run,
+    broken_at,
+    final_state,
+    flip_a_bit,
+    killed,
+    quiet,
+    timeless,
+)
+from tests.training.tiny_run import OPTIONS, STEPS, Batches
+from tests.weights import assert_equal_trees
 
 
 @pytest.mark.exhaustive
@@ -92,7 +92,7 @@ def test_finished_run_says_so_and_returns_its_result(whole):
     result, said = quiet(whole, Batches(lambda step: pytest.fail("trained again")))
     assert "is finished already; nothing to do" in said
     assert (result.step, result.best_step is not None) == (STEPS, True)
-    assert_same_arrays(result.state, final_state(whole))
+    assert_equal_trees(result.state, final_state(whole))
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.*") if path.name != "run.lock"} == {
         path: time for path, time in before.items() if path.name != "run.lock"
     }
@@ -238,7 +238,7 @@ def test_a_branch_of_a_run_goes_on_from_its_whole_state(whole, tmp_path):
     shutil.rmtree(source)  # which it needs no more
     result, said = quiet(folder, options=branched)
     assert "from step 12" in said
-    assert_same_arrays(result.state, final_state(whole))
+    assert_equal_trees(result.state, final_state(whole))
     assert timeless(folder) == [record for record in timeless(whole) if record["step"] > 8]
     assert result.tokens == timeless(whole)[-1]["tokens"]
 
@@ -252,7 +252,7 @@ def test_a_branch_may_differ_in_all_but_its_arrays(whole, tmp_path):
     result, _ = quiet(tmp_path / "slow", options=branching(at_16, steps=24), schedule=slow)
     assert (result.step, [r["step"] for r in timeless(tmp_path / "slow") if "loss" in r]) == (24, [18, 20, 22, 24])
     result, _ = quiet(None, options=branching(at_16, checkpoint_every=0))
-    assert_same_arrays(result.state, final_state(whole))
+    assert_equal_trees(result.state, final_state(whole))
 
 
 def test_a_branch_that_begins_anew_has_no_records_of_an_earlier_start(whole, tmp_path):
@@ -291,7 +291,7 @@ def test_a_resumed_run_holds_one_state(whole, tmp_path):
     arguments |= {"model_config": {"width": tiny_run.WIDTH}, "output": io.StringIO()}
     result = engine.run(given, tiny_run.train_step, Batches(), OPTIONS, folder=folder, **arguments)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
-    assert_same_arrays(result.state, final_state(whole))
+    assert_equal_trees(result.state, final_state(whole))
 
 
 def test_evaluations_may_come_at_other_steps_when_a_run_goes_on(whole, tmp_path):
@@ -303,5 +303,5 @@ def test_evaluations_may_come_at_other_steps_when_a_run_goes_on(whole, tmp_path)
     assert [record["step"] for record in records if "validation_loss" in record] == [4, 8, 14, 20]
     training = [record for record in records if "loss" in record]
     assert training == [record for record in timeless(whole) if "loss" in record]
-    assert_same_arrays(final_state(folder), final_state(whole))
+    assert_equal_trees(final_state(folder), final_state(whole))
     assert result.best_step == STEPS

@@ -6,13 +6,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from compared_runs import quiet
-from tiny_run import OPTIONS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
 from llmq_jax.training.trackers import WANDB_ID, TensorBoard, require_wandb
+from tests.training.compared_runs import quiet
+from tests.training.tiny_run import OPTIONS, Batches
 
 
 def events(folder):
@@ -74,7 +74,7 @@ def test_tensorboard_does_not_load_torch():
 
 
 def test_wandb_that_is_not_installed_is_one_line_before_anything_runs(monkeypatch, tmp_path):
-    import tiny_run
+    from tests.training import tiny_run
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"wandb is not installed; pip install -e '\.\[wandb\]'"):

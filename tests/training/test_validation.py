@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny_run
-from compared_runs import assert_same_arrays, assert_same_run, broken_at, final_state, killed, quiet, state_at, timeless
-from old_checkpoints import in_format_1
-from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.run_options import RunOptions
+from tests.training import tiny_run
+from tests.training.compared_runs import assert_same_run, broken_at, final_state, killed, quiet, state_at, timeless
+from tests.training.old_checkpoints import in_format_1
+from tests.training.tiny_run import OPTIONS, PATIENT, STEPS, Batches
+from tests.weights import assert_equal_trees
 
 
 def new_bests_at(*steps):
@@ -196,7 +197,7 @@ def test_a_run_stops_after_evaluations_without_a_new_best_as_at_its_end(impatien
     # Up to there it is the run that goes on.
     longer = replace(PATIENT, patience=None, checkpoint_every=2, keep_last=STEPS)
     quiet(tmp_path / "run", options=longer, evaluate=tiny_run.turning)
-    assert_same_arrays(final_state(folder), state_at(tmp_path / "run", 14))
+    assert_equal_trees(final_state(folder), state_at(tmp_path / "run", 14))
 
 
 @pytest.mark.parametrize("bad", [5, 7, 13])
@@ -278,7 +279,7 @@ def test_what_a_run_begins_from_is_evaluated_and_changes_nothing_else(whole, tmp
     assert first == {"step": 0, "tokens": 0, "validation_loss": began}
     assert said.splitlines()[0] == f"step 0: validation loss {began:.4f}"
     assert others == timeless(whole)
-    assert_same_arrays(final_state(tmp_path / "run"), final_state(whole))
+    assert_equal_trees(final_state(tmp_path / "run"), final_state(whole))
 
 
 def test_a_run_that_goes_on_was_evaluated_at_its_beginning_already(tmp_path):
