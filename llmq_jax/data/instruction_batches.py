@@ -10,6 +10,7 @@ that lacks rows is filled up with empty ones.
 Shapes: n tokens in a conversation, B rows of a batch, T tokens of a row.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -108,8 +109,10 @@ def tokenize_conversations(
 
     examples: list[Example] = []
     truncated = dropped = 0
+    shortest = sys.maxsize
     for example in usable(whole, conversations, left_out):
         length = len(example.tokens)
+        shortest = min(shortest, length)
         if length > context:
             if too_long == "error":
                 raise BadInput(
@@ -128,7 +131,8 @@ def tokenize_conversations(
     if not examples:
         raise BadInput(
             f"of {counted(len(conversations), 'conversation')} none has anything to learn within the context of "
-            f"{context} tokens: shorten the prompts or, if the model takes more, choose a longer one"
+            f"{context} tokens (the shortest has {counted(shortest, 'token')}, as the template {template!r} writes it): "
+            "shorten the prompts, choose a template that writes less or, if the model takes more, a longer context"
         )
     return Examples(examples, truncated, dropped)
 

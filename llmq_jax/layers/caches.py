@@ -31,6 +31,8 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, Shaped
 
+from llmq_jax.errors import BadInput
+
 NOWHERE = int(np.iinfo(np.int32).max)
 """The position of an empty slot: after all queries, so that none sees it."""
 
@@ -217,7 +219,16 @@ def _put(
     values: Float[Array, "B K T V"],
     slots: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S V"]]:
-    """Write each token to its slot; tokens whose slot does not exist are dropped."""
+    """Write each token to its slot; tokens whose slot does not exist are dropped. BadInput for keys or values of other
+    shapes than the cache has."""
+    given = keys.shape[1], keys.shape[3], values.shape[3]
+    held = cache.keys.shape[1], cache.keys.shape[2], cache.values.shape[3]
+    if given != held:
+        have, has_room = ("{} heads of {} features and values of {}".format(*shape) for shape in (given, held))
+        raise BadInput(
+            f"keys have {have}, but the cache is for {has_room}: return one with the shapes of your keys and values from "
+            "`create_cache` of the block"
+        )
     rows = jnp.arange(keys.shape[0])[:, None, None]
     heads = jnp.arange(keys.shape[1])[None, :, None]
     slots = slots[:, None, :]

@@ -49,6 +49,10 @@ class Rotation(struct.PyTreeNode):
         Pairs are features i and i + H/2 (half-split, as transformers has them), or 2i and 2i + 1 (interleaved, as the
         paper and Llama's own code have them): the same but for the order of the features.
         """
+        width = 2 * self.cos.shape[-1]
+        if x.shape[-1] != width:
+            given = f"RoPE is for heads of {width} features, not {x.shape[-1]}"
+            raise BadInput(f"{given}: make the rotation for their width in `context` of the model")
         wide = x.astype(jnp.float32)
         cos, sin = self.cos[:, :, None], self.sin[:, :, None]  # [B, T, 1, H/2]: the same for all heads
         first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import NOWHERE, FullCache, RingCache
 
@@ -193,6 +194,16 @@ def test_caches_grow(sequence, create):
         for position in range(prompt, LENGTH):
             mixed, grown = look(sequence, grown, span([position] * 2, 1), window)
             np.testing.assert_allclose(mixed, at(expected, span([position] * 2, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, width, value_width", [(2, 8, 6), (1, 4, 6), (2, 4, None)])
+def test_what_does_not_fit_into_the_cache_is_refused_by_name(sequence, heads, width, value_width):
+    """A model with other keys or values than its base, whose `create_cache` is still that of the base."""
+    cache = FullCache.create(2, LENGTH, heads, width, jnp.float32, value_width)
+    of = f"{heads} heads of {width} features and values of {value_width or width}"
+    told = rf"keys have 2 heads of 4 features and values of 6, but the cache is for {of}: .*`create_cache` of the block"
+    with pytest.raises(BadInput, match=told):
+        attention(*sequence, Context(jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))), cache, scale=0.7)
 
 
 def test_prefill_of_a_window_is_linear_in_the_length():

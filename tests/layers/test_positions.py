@@ -56,6 +56,13 @@ def test_a_pair_turns_by_its_frequency_times_its_position():
     np.testing.assert_allclose(rotation.apply(x, interleaved=True), expected, atol=2e-5)
 
 
+def test_heads_of_another_width_than_the_rotation():
+    """A model of one's own with narrower heads than its config says, whose `context` is still that of its base."""
+    rotation = Rope().rotation(jnp.arange(3)[None], WIDTH)
+    with pytest.raises(BadInput, match=rf"RoPE is for heads of {WIDTH} features, not 8: .*`context` of the model"):
+        rotation.apply(jnp.ones((1, 3, 2, 8)))
+
+
 def test_interleaved_pairs_are_halves_in_another_order():
     rotation = Rope().rotation(jnp.arange(5)[None], WIDTH)
     x, order = draw(1, 5, 3, WIDTH), np.arange(WIDTH).reshape(2, -1).T.ravel()  # 0, 8, 1, 9, ...

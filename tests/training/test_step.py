@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from llmq_jax.data import ByteTokenizer
 from llmq_jax.errors import BadInput
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import GPT2Config, build, init
 from llmq_jax.objectives import NextToken
 from llmq_jax.objectives.means import over_devices
@@ -225,6 +227,18 @@ def shown(name):
     (code,) = re.findall(rf"{re.escape(mark)}\n```python\n(.*?)```", page, re.DOTALL)
     exec(code, scope := {})
     return scope
+
+
+def test_a_loop_by_hand(capsys):
+    config = GPT2Config(**(vars(CONFIG) | {"vocab_size": 257}))
+    lm = LanguageModel(config, build(config), init(config), ByteTokenizer())
+    learned = shown("by-hand")["trained"](lm, "abcdefgh" * 40, "abcdefgh" * 9, steps=20)
+    *steps, evaluated = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[1]) for line in steps]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 1
+    validation = float(re.fullmatch(r"\{'loss': (.*)\}", evaluated)[1])
+    assert validation < losses[0] - 1
+    assert learned.logits([[97, 98]]).shape == (1, 2, 257)
 
 
 def test_a_loss_with_one_more_term():
