@@ -131,7 +131,7 @@ def tokenize_conversations(
     if not examples:
         raise BadInput(
             f"of {counted(len(conversations), 'conversation')} none has anything to learn within the context of "
-            f"{context} tokens (the shortest has {counted(shortest, 'token')}, as the template {template!r} writes it): "
+            f"{context} tokens (the shortest has {counted(shortest, 'token')} as the template {template!r} writes it): "
             "shorten the prompts, choose a template that writes less or, if the model takes more, a longer context"
         )
     return Examples(examples, truncated, dropped)

@@ -224,9 +224,9 @@ def _put(
     given = keys.shape[1], keys.shape[3], values.shape[3]
     held = cache.keys.shape[1], cache.keys.shape[2], cache.values.shape[3]
     if given != held:
-        have, has_room = ("{} heads of {} features and values of {}".format(*shape) for shape in (given, held))
+        have, room = ("{} heads of {} features and values of {}".format(*shape) for shape in (given, held))
         raise BadInput(
-            f"keys have {have}, but the cache is for {has_room}: return one with the shapes of your keys and values from "
+            f"keys have {have}, but the cache is for {room}: return one with the shapes of your keys and values from "
             "`create_cache` of the block"
         )
     rows = jnp.arange(keys.shape[0])[:, None, None]
