@@ -1,11 +1,11 @@
-"""Training and decoding on a GPU, in shares of what it could do:
+"""Training and decoding on a GPU, or with --device tpu on a TPU, in shares of what it could do:
 
     python -m bench.gpu                               gpt2-124m, llama3.2-1b, and a mixture of experts with MLA
     python -m bench.gpu llama3.2-1b --batch-size 8    one of them
     python -m bench.gpu deepseek-1b-active --dispatch blocks
 
-Training is a step of the library: bfloat16 products, float32 weights, clipping, AdamW, cuDNN's attention by name.
-Its MFU is by the formula and the peaks of llmq_jax/training/flops.py.
+Training is a step of the library: bfloat16 products, float32 weights, clipping, AdamW, and the device's own
+attention by name. Its MFU is by the formula and the peaks of llmq_jax/training/flops.py.
 
 Decoding is one row in bfloat16; its limit is the memory, of which every token reads the same weights, and its cache:
 
@@ -63,15 +63,15 @@ class Options:
     layers: Annotated[int | None, default_is("the model's")] = None
     """Fewer of them, to try this out."""
     attention: Literal["fused", "masked", "blocked", "auto"] = "fused"
-    """Of training; "fused" is cuDNN's, and an error where it cannot run. If it fails in cuDNN, "masked" tells what the
-    rest takes, with a smaller batch: it stores all scores."""
+    """Of training; "fused" is the device's own kernel, and an error where it cannot run. If it fails there, "masked"
+    tells what the rest takes, with a smaller batch: it stores all scores."""
     dispatch: Literal["auto", "blocks", "grouped", "ragged", "dense"] = "auto"
     """How tokens come to their experts (docs/moe.md): which is fastest on a GPU is for this program to show."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes, for less memory: "dots" all but products with weights, "full" everything."""
     written_out: Flag = False
     """Write layers out in place of a loop over them: slower to compile, at times faster."""
-    device: Literal["gpu", "cpu"] = "gpu"
+    device: Literal["gpu", "tpu", "cpu"] = "gpu"
     """Where; a CPU has no known peak."""
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,20 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", KEPT_PROGRAMS_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_KEPT_SECONDS)
+
+
+@contextlib.contextmanager
+def not_kept() -> Iterator[None]:
+    """Context in which nothing that is compiled is kept: JAX cannot read programs for devices that are not here."""
+    import jax
+
+    settings: Any = jax.config
+    before = settings.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def _is_writable(folder: Path) -> bool:

@@ -47,6 +47,7 @@ NOT_RUN = {
 }
 OTHER_OUTCOMES = (
     (r"bench\.gpu", 2),  # where there is no GPU
+    ("--compile-for", 2),  # nor a compiler for TPUs
     (r"train\.plan .*--device-memory 60$", 1),  # does not fit
     ("--inject", 1),  # a fault that is to be found
     (r"bench\.figures attention", 2),  # the stand-in has too few heads; tests/bench/test_figures.py draws it

@@ -310,7 +310,7 @@ def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
 
     rows = options.prompts_per_step * options.group_size // (options.accumulate * row_parts(options))
     # With a shared prompt, answers attend to the whole cache under a mask; for long answers it costs less to compute
-    # each row alone, block by block. cuDNN's kernel, which computes rows alone, holds no scores; over a cache they are
+    # each row alone, block by block. The fused kernel computes rows alone and holds no scores; over a cache they are
     # [B, N, C, S] in every layer, more than is saved unless answers are short.
     window = getattr(model.config, "sliding_window", None) or math.inf
     fused = any(choice.name == "fused" for choice in model.attention_choices().values())

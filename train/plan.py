@@ -105,21 +105,25 @@ def main(options: Options) -> int:
 
 def compiled(given: "Run", slice_name: str) -> int:
     """Print what the compiler of a TPU says of the step; returns the exit code."""
-    from jax.errors import JaxRuntimeError
+    import jax
 
+    from llmq_jax.models import build
     from llmq_jax.training.compiled_plan import compile_step, topology_devices
     from llmq_jax.training.out_of_memory import shortage, size
+    from llmq_jax.training.sharding import make_mesh
 
     devices, wanted = topology_devices(slice_name), math.prod(given.sizes.values())
     if wanted not in (1, len(devices)):
         raise BadInput(f"--mesh is for {wanted} devices, and --compile-for {slice_name} has {len(devices)}")
     kind = devices[0].device_kind
     where = f"each of {wanted:,} devices, {kind}" if wanted > 1 else f"the device, {kind}"
-    print(f"compiling for {wanted:,} x {kind}; this takes minutes", flush=True)
+    mesh = make_mesh(",".join(f"{axis}={size}" for axis, size in given.sizes.items()), devices[:wanted])
     try:
-        with named_as_options("attention"):
-            memory = compile_step(given, devices[:wanted])
-    except JaxRuntimeError as error:
+        with named_as_options("attention"), jax.set_mesh(mesh):
+            model = build(given.config, dtype=given.dtype, attention=given.attention)
+            print(f"compiling for {wanted:,} x {kind}; {model.attention_choice(training=True)}", flush=True)
+            memory = compile_step(given)
+    except jax.errors.JaxRuntimeError as error:
         short = shortage(error)
         if short is None:
             raise

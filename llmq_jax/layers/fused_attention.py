@@ -57,6 +57,8 @@ def obstacle_to_fused(
         generation = re.search(r"\d+", device.device_kind)
         if generation and int(generation[0]) < 4:
             return f"it is a kernel of {NEWER} on, and this is {device.device_kind}"
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            return f"it computes in bfloat16 or float32, not in {jnp.dtype(dtype)}"
     else:
         obstacle = _obstacle_to_cudnn(device, widths, dtype, softcap)
         if obstacle is not None:

@@ -6,7 +6,6 @@ lowered and compiled, but not run. Nothing has weights.
 """
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llmq_jax.backend import not_kept
 from llmq_jax.errors import BadInput, first_line
 from llmq_jax.layers.axes import AXES, path_names, sharding_of
 from llmq_jax.training.plan import Run, abstract_step, check
-from llmq_jax.training.sharding import make_mesh
 
 ALONE = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -52,20 +51,19 @@ def topology_devices(name: str) -> list[Any]:
         ) from None
 
 
-def compile_step(run: Run, devices: Sequence[Any]) -> Memory:
-    """Compile the step for these devices. BadInput for a mesh or a batch that cannot be; the compiler of a TPU raises a
-    `JaxRuntimeError` where the step does not fit (`out_of_memory.shortage`)."""
+def compile_step(run: Run) -> Memory:
+    """Compile the step for the devices of the current mesh. BadInput for a mesh or a batch that cannot be; the compiler
+    of a TPU raises a `JaxRuntimeError` where the step does not fit (`out_of_memory.shortage`)."""
     check(run)
-    mesh = make_mesh(",".join(f"{axis}={count}" for axis, count in run.sizes.items()), devices)
-    with jax.set_mesh(mesh):
-        step, state, batch = abstract_step(run)
-        rows = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
-        places = jax.tree_util.tree_map_with_path(lambda path, leaf: sharding_of(path_names(path), leaf), state)
-        placed = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            (state, batch),
-            (places, dict.fromkeys(batch, rows)),
-        )
+    step, state, batch = abstract_step(run)
+    rows = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(AXES["batch"]))
+    places = jax.tree_util.tree_map_with_path(lambda path, leaf: sharding_of(path_names(path), leaf), state)
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        (state, batch),
+        (places, dict.fromkeys(batch, rows)),
+    )
+    with not_kept():
         found = step.lower(*placed).compile().memory_analysis()
     results = found.output_size_in_bytes - found.alias_size_in_bytes  # which do not take the place of arguments
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + results)

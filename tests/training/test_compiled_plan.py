@@ -56,7 +56,7 @@ def test_what_the_compiler_says_is_told(planned, monkeypatch):
     code, out, err = planned(*words)
     assert (code, err) == (0, "")
     held, beside = re.fullmatch(
-        r"compiling for 1 x cpu; this takes minutes\nfits the device, cpu: ([\d.]+) MiB of parameters, moments and "
+        r"compiling for 1 x cpu; attention: blocked\nfits the device, cpu: ([\d.]+) MiB of parameters, moments and "
         r"batch, and ([\d.]+) MiB beside them in a step\n",
         out,
     ).groups()
@@ -65,7 +65,7 @@ def test_what_the_compiler_says_is_told(planned, monkeypatch):
     assert float(held) == pytest.approx(12 * weights / 2**20, abs=0.1)
     assert float(beside) > 4 * weights / 2**20  # gradients
 
-    def full(run, devices):
+    def full(run):
         assert run.attention == "auto"
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {FULL}.\n\nMore.")
 

@@ -78,7 +78,8 @@ def run_of(architecture: str, case: str) -> Run:
 
 def compiled_bytes(run: Run) -> dict:
     """What the compiler says of a device: bytes of arguments, and of all that lives at the peak."""
-    found = compile_step(run, jax.devices())
+    with jax.set_mesh(sharding.make_mesh(",".join(f"{axis}={size}" for axis, size in run.sizes.items()))):
+        found = compile_step(run)
     return {"arguments": found.held, "peak": found.held + found.beside}
 
 
