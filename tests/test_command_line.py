@@ -370,7 +370,7 @@ NO_PATHS = {  # options that take a text, but none that is a path
     *("chat_template_kwargs", "mesh", "text_field", "label_field", "columns", "tasks", "metric", "preset", "config"),
     *("coordinator", "wandb", "profile", "sample_prompt", "prompt", "system", "text", "stop", "prompt_format"),
     *("train_on", "blocks", "lora_targets", "lora_layers", "reward_weights", "step_separator", "max_shard_size"),
-    *("random", "layout", "inject", "lora_whole", "fields", "mean_over"),
+    *("random", "layout", "inject", "lora_whole", "fields", "mean_over", "compile_for"),
     *("reward", "judge"),  # paths and names between commas: `train.rewards.names`
 }
 COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "openai_gpt2", "parity"))]

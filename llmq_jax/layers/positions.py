@@ -178,7 +178,7 @@ class LinearRope(ScaledRope):
     rope_type: str = field(default="linear", init=False)
 
     def frequencies(self, width: int, lengths: Array) -> Any:
-        return super().frequencies(width, lengths) / self.factor
+        return inverse_frequencies(float(self.rope_theta), width) / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class Llama3Rope(ScaledRope):
         self.require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", rule)
 
     def frequencies(self, width: int, lengths: Array) -> Any:
-        plain = super().frequencies(width, lengths)
+        plain = inverse_frequencies(float(self.rope_theta), width)
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
         # Peng et al. 2023 (YaRN), eq. 18: the ramp.
         kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
@@ -323,7 +323,7 @@ class YarnRope(ScaledRope):
         self.require(self.attention_factor is None or self.attention_factor > 0, "attention_factor", "must be positive")
 
     def frequencies(self, width: int, lengths: Array) -> Any:
-        plain = super().frequencies(width, lengths)
+        plain = inverse_frequencies(float(self.rope_theta), width)
         low, high = (self._index(turns, width) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -388,7 +388,7 @@ class LongRope(ScaledRope):
         return self.short_factor != self.long_factor  # they are equal in GGUF files, which have one list
 
     def frequencies(self, width: int, lengths: Array) -> Any:
-        plain = super().frequencies(width, lengths)
+        plain = inverse_frequencies(float(self.rope_theta), width)
         short, long = (jnp.float32(plain / np.array(factors)) for factors in (self.short_factor, self.long_factor))
         if not self.depends_on_length:
             return short
