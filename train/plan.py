@@ -121,7 +121,10 @@ def compiled(given: "Run", slice_name: str) -> int:
     try:
         with named_as_options("attention"), jax.set_mesh(mesh):
             model = build(given.config, dtype=given.dtype, attention=given.attention)
-            print(f"compiling for {wanted:,} x {kind}; {model.attention_choice(training=True)}", flush=True)
+            # In a trace: no array can be made on devices that are not here.
+            jax.eval_shape(
+                lambda: print(f"compiling for {wanted:,} x {kind}; {model.attention_choice(True)}", flush=True)
+            )
             memory = compile_step(given)
     except jax.errors.JaxRuntimeError as error:
         short = shortage(error)

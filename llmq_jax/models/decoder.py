@@ -353,7 +353,7 @@ class Decoder(nn.Module):
         heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         choices = {}
         for block in self.unbound_blocks().values():
-            cache = jax.eval_shape(partial(block.create_cache, 1, 1, dtype))
+            cache = block.create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # blocks need not have it, caches with a window do
             facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
