@@ -95,11 +95,12 @@ class ChatTemplate:
 
     def _probed(self, content: Any) -> dict[str, str]:
         """{role: the text of a conversation in which it has this content}, of the roles that it does not refuse."""
-        asked = [{"role": "user", "content": "a"}]
+        asked: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
+        before: dict[str, list[dict[str, Any]]] = {"system": [], "developer": [], "user": [], "assistant": asked}
         written = {}
-        for role, before, after in (("system", [], asked), ("user", [], []), ("assistant", asked, asked)):
+        for role, first in before.items():
             with contextlib.suppress(BadInput):
-                messages = [*before, {"role": role, "content": content}, *after]
+                messages = [*first, {"role": role, "content": content}, *(asked if role != "user" else [])]
                 written[role] = self._written(messages, add_generation_prompt=True)
         return written
 

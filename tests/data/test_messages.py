@@ -51,6 +51,13 @@ def by_transformers(source, messages, **variables):
     return text
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_a_template_that_reads_parts_gets_them_in_every_role(role):
+    messages = [{"role": role, "content": [text_part("a "), text_part(" b")]}, {"role": "user", "content": "c"}]
+    written = ChatTemplate(PARTED).render(messages, add_generation_prompt=False)
+    assert f"{role}\nab<|im_end|>" in written and written == by_transformers(PARTED, messages)
+
+
 def test_calls_are_learned_and_what_tools_say_is_not(tmp_path):
     (conversation,) = read(tmp_path, {"messages": LOOP, "tools": TOOLS})
     assert learned(conversation, TOOLED) == [
