@@ -1,5 +1,5 @@
 """The kernel of a TPU. Elsewhere Pallas interprets it, slowly: values and gradients are those of the formula. That it
-compiles for TPUs is for tests/train/test_compiled_plan.py to show."""
+compiles for TPUs is for tests/training/test_compiled_plan.py to show."""
 
 import subprocess
 import sys
