@@ -91,7 +91,8 @@ def drawn(monkeypatch):
 
 
 def test_each_run_shows_what_it_is_judged_by(llmq, run, tmp_path, drawn):
-    """Rewards are best where they are highest; of runs that agree on one it is drawn, not the loss."""
+    """Rewards are best where they are highest; of runs that agree on one it is drawn, not the loss, as it was in
+    validation. What more of them have is drawn, wherever they stand."""
     reward = "validation_reward"
     one = judged(run("one", 0.25, 0.75, 0.5, figure=reward), "reward", "highest")
     two = judged(run("two", 0.0, figure=reward), "reward", "highest")
@@ -103,7 +104,12 @@ def test_each_run_shows_what_it_is_judged_by(llmq, run, tmp_path, drawn):
     assert rows[1] == ["one", "30", "reward", "0.5000", "0.7500", "20", "1,000"]
     assert rows[2] == ["two", "10", "reward", "0.0000", "0.0000", "10", "1,000"]
     assert rows[3] == ["other", "20", "2.5000", "loss", "2.0000", "2.0000", "20", "1,000"]
+    for folder in (one, two):
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 40, "tokens": 1280, "reward": 0.125}\n')
     assert llmq("compare", one, two, "--out", tmp_path / "x.png")[0] == 0
+    assert llmq("compare", other, one, two, "--out", tmp_path / "x.png")[0] == 0
+    assert len(drawn) == 3
     for figure in drawn:
         (axes,) = figure.axes
         assert (axes.get_title(loc="left"), axes.get_ylabel()) == (reward, reward)
@@ -147,6 +153,16 @@ def test_what_a_run_began_from_is_not_its_best_step(llmq, run):
     (folder / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "validation_loss": 1.0}\n' + records)
     assert llmq("compare", folder)[1].splitlines()[1].split()[-4:] == ["2.5000", "2.5000", "20", "1,000"]
     assert llmq("compare", folder, "--metric", "validation_loss")[1].splitlines()[2].split()[3:5] == ["1.0000", "0"]
+
+
+def test_the_plain_loss_the_first_of_equal_best_steps_and_the_median_speed(llmq, run):
+    folder = run("run", 2.0, 3.0, 2.0)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, speed in ((31, 10.0), (32, 1200.0)):
+            record = {"step": step, "tokens": 960, "loss": 2.5, "next_token_loss": 2.25, "tokens_per_second": speed}
+            file.write(json.dumps(record) + "\n")
+    row = llmq("compare", folder)[1].splitlines()[1].split()
+    assert row == ["run", "32", "2.2500", "loss", "2.0000", "2.0000", "10", "1,000"]
 
 
 def test_any_metric_is_shown_and_drawn(llmq, run, tmp_path, drawn):
@@ -230,10 +246,13 @@ def test_a_run_that_cannot_be_compared_is_left_out(llmq, run, tmp_path, drawn):
 
 
 def test_of_grpo_the_reward_is_shown_and_drawn(llmq, run, tmp_path, drawn):
-    """Its loss is about 0 whatever the policy; these runs hold out no prompts, and one has no checkpoint. Of equal
-    curves the lower one is seen between the dashes of the upper."""
+    """Its loss is about 0 whatever the policy; one of these runs holds out no prompts, and one has no checkpoint. Of
+    equal curves the lower one is seen between the dashes of the upper."""
     one = judged(run("one", 0.25, 0.5, figure="reward", training=1e-8), "reward", "highest")
-    code, out, _ = llmq("compare", one, run("two", 0.25, 0.5, figure="reward"), "--out", tmp_path / "x.png")
+    two = run("two", 0.25, 0.5, figure="reward")
+    with (two / "metrics.jsonl").open("a") as file:  # what only one has is not drawn
+        file.write('{"step": 20, "tokens": 640, "validation_reward": 0.75}\n')
+    code, out, _ = llmq("compare", one, two, "--out", tmp_path / "x.png")
     assert code == 0 and out.splitlines()[1].split() == ["one", "20", "0.5000", "reward", "1,000"]
     (axes,) = drawn[0].axes
     assert axes.get_title(loc="left") == "reward" and axes.lines[1].get_ydata().tolist() == [0.25, 0.5]

@@ -359,6 +359,9 @@ def test_sentencepiece_special_tokens(sentencepiece_metadata):
     plain = gguf_tokenizer(sentencepiece_metadata | {"tokenizer.ggml.add_space_prefix": False}, "x")
     assert plain.encode("the") != tokenizer.encode("the") == plain.encode(" the")
     assert plain.decode(plain.encode(" the")) == " the"
+    without = [token.replace("<0x", "<byte ") for token in sentencepiece_metadata["tokenizer.ggml.tokens"]]
+    ids = gguf_tokenizer(sentencepiece_metadata | {"tokenizer.ggml.tokens": without}, "x").encode("the 你好")
+    assert ids[-1] == 0 and ids.count(0) == 1, "what has no bytes either is unknown, once for all that is"
 
 
 def test_sentencepiece_with_listed_merges(sentencepiece_metadata):

@@ -317,12 +317,13 @@ def test_end_tokens_by_name(tmp_path):
     def change(writer):
         add_vocabulary(writer)
         writer.add_eot_token_id(VOCABULARY - 4)
+        writer.add_eom_token_id(VOCABULARY - 5)
         writer.add_pad_token_id(5)
 
     path = tmp_path / "model.gguf"
     write_llama(path, make_model(), change)
     generation = load(path).generation
-    assert generation.eos_token_id == (VOCABULARY - 2, VOCABULARY - 4, VOCABULARY - 1)
+    assert generation.eos_token_id == (VOCABULARY - 2, VOCABULARY - 4, VOCABULARY - 5, VOCABULARY - 1)
     assert generation.pad_token_id == 5
 
 

@@ -317,6 +317,7 @@ def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
 LAYER = {"head_dim": 64, "dtype": jnp.bfloat16}
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+TPU_V4 = SimpleNamespace(platform="tpu", device_kind="TPU v4")
 OLD_TPU = SimpleNamespace(platform="tpu", device_kind="TPU v3")
 OTHER = SimpleNamespace(platform="METAL", device_kind="Metal")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
@@ -348,7 +349,7 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
         ("blocked", HOPPER, 64, {"softcap": 50.0}),
         ("blocked", HOPPER, 64, {"dtype": jnp.float32}),
         ("blocked", OTHER_GPU, 64, {}),
-        ("fused", TPU, 64, {}),
+        ("fused", TPU_V4, 64, {}),
         ("fused", TPU, None, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 80, "value_dim": 96}),
         ("masked", TPU, None, {"dropout": True}),
         ("masked", TPU, None, {"dtype": jnp.float16}),

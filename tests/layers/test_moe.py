@@ -332,8 +332,8 @@ terms = jax.jit(balance_losses, static_argnums=(1, 2))
 
 
 def test_the_losses_are_the_formulas():
-    real = np.arange(10)[None] < np.array([[10], [4]])
-    reports, logits, ids, probabilities = reported(real=jnp.asarray(real))
+    real = np.arange(10)[None] < np.array([[10], [4], [0]])  # the last row fills the batch up
+    reports, logits, ids, probabilities = reported(rows=3, real=jnp.asarray(real))
     every = Balance(load_balance=1.0, router_z=1.0, sequence=1.0, device=1.0, devices=4)
     losses = terms(reports, every, 2)
     by_layer, by_device, by_row, z = [], [], [], []

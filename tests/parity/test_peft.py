@@ -283,6 +283,12 @@ def test_an_alpha_is_written_however_small_it_is(llama, tmp_path):
     del written["lora_dropout"]  # PEFT's default is none
     (tmp_path / "small" / "adapter_config.json").write_text(json.dumps(written))
     assert dropouts(lq.load_adapter(lm, tmp_path / "small")) == set()
+    usual = moved(lq.lora(lm, rank=8, alpha=8.0, targets="attention"))  # PEFT's defaults, which a file need not have
+    written = json.loads((lq.save_adapter(usual, tmp_path / "usual") / "adapter_config.json").read_text())
+    del written["r"], written["lora_alpha"]
+    (tmp_path / "usual" / "adapter_config.json").write_text(json.dumps(written))
+    tokens = draw_tokens(lm)
+    np.testing.assert_array_equal(lq.load_adapter(lm, tmp_path / "usual").logits(tokens), usual.logits(tokens))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -445,6 +445,15 @@ def test_steps_after_are_set_aside_and_saved_anew(three):
     assert {"damaged-00000002", "damaged-00000003"} <= set(os.listdir(three.folder))
     three.save(2, new_state(7))
     assert bits(three.restore(new_state()).state) == bits(new_state(7))
+    three.set_aside_after(1)  # where one of that step was set aside already
+    assert three.steps() == [1]
+
+
+def test_what_steps_are_judged_by_is_what_the_newest_says(three):
+    for step, best, value in ((4, "lowest", 0.5), (5, "highest", 0.75)):
+        three.save(step, new_state(step), judged_by=("reward", best), value=value)
+    assert three.judged_by() == ("reward", "highest")
+    assert three.values(("reward", "highest")) == [(5, 0.75)]
 
 
 def test_saving_is_silent_and_leaves_no_thread(tmp_path, capfd, caplog):

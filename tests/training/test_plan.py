@@ -231,6 +231,7 @@ def test_no_single_change_is_enough():
     memory = min(alone.least, alone.total - alone.least) // 2
     (change,) = changes(alone, memory)
     assert "--remat " in change.words and " devices)" in change.words
+    assert "--moments " not in change.words  # without which it fits
     assert change.plan.total <= memory
 
 

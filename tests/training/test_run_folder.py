@@ -137,6 +137,8 @@ def test_what_an_older_version_did_not_know_of_is_not_used(tmp_path):
     begun(tmp_path / "run", CONFIG)
     with RunFolder(tmp_path / "run", {**CONFIG, "schedule": None, "separate": False}) as folder:
         assert folder.resumed
+    with RunFolder(tmp_path / "run", {**CONFIG, "code": "1f3a"}, may_change=["code"]) as folder:
+        assert not folder.code_changed
     with pytest.raises(BadInput, match=r"options: count \(not set\) -> 0;"):
         RunFolder(tmp_path / "run", {**CONFIG, "count": 0})
 
