@@ -79,6 +79,8 @@ def test_the_scaling_of_llama3_by_its_name(tmp_path, name, factor):
     np.testing.assert_allclose(lm.logits(TOKENS), their_logits(model), atol=LOGITS)
     exported = transformers.AutoConfig.from_pretrained(save_hf(lm, tmp_path / "hf"))
     assert exported.rope_parameters == rope
+    write_llama(tmp_path / "near.gguf", make_model(rope_parameters=rope | {"low_freq_factor": 1.01}, head_dim=64))
+    assert load(tmp_path / "near.gguf").config.rope_parameters.to_dict()["rope_type"] == "longrope"
 
 
 QWEN = {

@@ -390,7 +390,8 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
             state |= {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": last}
             merged[name] = matrix + np.float32(scale) * last @ first
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "target_modules": [name.split(".")[-1] for name in names]}
-    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0, "gate": 9}, "lora_dropout": 0.05}
+    gate = "block_sparse_moe.gate" if model_type == "mixtral" else "mlp.gate"  # as the files name it
+    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0, gate: 9}, "lora_dropout": 0.05}
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -1,6 +1,7 @@
 """Embeddings and heads that adapters bring whole, against PEFT, on disk both ways."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def test_a_classifiers_head_goes_along(tmp_path):
         expected = adapted(input_ids=torch.tensor(tokens)).logits.numpy()
     ours = lq.load_adapter(lm, tmp_path / "theirs")
     np.testing.assert_allclose(ours.classify(tokens), expected, atol=LOGITS, rtol=0)
-    lq.save_adapter(ours, tmp_path / "ours")
+    written = json.loads((lq.save_adapter(ours, tmp_path / "ours") / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["score"]
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     back = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
     with torch.no_grad():
@@ -76,6 +78,10 @@ def test_an_adapter_at_the_head_comes_with_its_matrix(pair_of, tmp_path):
         lq.save_adapter(ours, tmp_path / f"ours {name}")
         back = peft.PeftModel.from_pretrained(anew(), tmp_path / f"ours {name}").eval()
         np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+    with pytest.warns(UserWarning, match=r"lora_dropout=0\.25 is left out at lm_head"):
+        ours = lq.load_adapter(lm, changed(tmp_path / "same", tmp_path / "dropping", {"lora_dropout": 0.25}))
+    at = {path[0] for path, (_, fixed) in lora.adapters(ours.variables).items() if "dropout" in fixed}
+    assert at == {"group_0"}
 
 
 def with_whole(anew, fields, more_tokens=0):
