@@ -488,6 +488,7 @@ def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch)
         assert "sliding_window_length: 5" in plain and "mask_type: CAUSAL" in plain, plain
     results = calls[1].rpartition("->")[2]
     assert results.count("tensor<") == 4, results  # of queries, keys and values, and cuDNN's own
+    assert sys.modules["jax._src.cudnn.fused_attention_stablehlo"].should_export_dbias.__name__ != "<lambda>"
 
 
 def test_blocks_of_a_window():

@@ -531,6 +531,7 @@ def test_more_than_ten_layers_of_a_kind_are_counted_in_order():
         ({"shared_weight": True}, "has no effect without num_shared"),
         ({"experts": 3}, "there is no field 'experts'"),
         ({"first_layer": 4}, "first_layer=4 leaves no expert in 4 layers"),
+        ({"dense_layers": [4]}, "dense_layers=[4] must be numbers of the 4 layers"),
         ({"balance": {"bias_rate": 0.1}}, "balance: bias_rate=0.1 moves a bias that needs selection_bias=true"),
         ({"balance": {"device": 0.1, "devices": 3}}, "balance: devices=3 must divide 8 experts"),
         ({"balance": {"device": 0.1}}, "needs devices"),

@@ -9,6 +9,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.experts_apart import by_expert
+from llmq_jax.layers.latent_attention import attend_to_latents
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import abstract_variables, build, fields_from_text, init, override, preset
 from llmq_jax.models.decoder import slice_modules
@@ -221,6 +222,15 @@ def test_absorbed_decoding_equals_the_expanded_pass(case, arrange):
         hidden, caches = decode(model, outside, layers, TOKENS[rows, positions], positions, caches)
         np.testing.assert_allclose(hidden, whole.hidden[rows, positions], atol=1e-4)
         starts = starts + size
+
+
+def test_latents_are_attended_to_on_a_gpu_as_on_a_cpu(monkeypatch):
+    draw = np.random.default_rng(0).standard_normal
+    query, latents = (jnp.asarray(draw(shape), jnp.float32) for shape in ((2, 3, 4, 5), (2, 7, 5)))
+    given = query, latents, jnp.asarray(draw((2, 3, 7)) < 1), 0.4
+    expected = attend_to_latents(*given)
+    monkeypatch.setattr("llmq_jax.layers.latent_attention.target_platform", lambda: "gpu")
+    np.testing.assert_allclose(attend_to_latents(*given), expected, atol=1e-6)
 
 
 def test_a_row_s_padding_is_not_written(case):

@@ -23,6 +23,7 @@ from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
 from llmq_jax.interop.peft_config import FIELDS as FIELDS_READ
 from llmq_jax.interop.peft_config import PLAIN, ends_with
 from llmq_jax.interop.peft_reader import base_of
+from llmq_jax.interop.peft_writer import _short_names
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.model_files import has_config
@@ -468,6 +469,8 @@ def test_patterns_match_as_in_peft():
     name = "model.layers.1.self_attn.q_proj"
     for pattern in ("q_proj", "proj", "k|proj", "k_proj|q_proj", "q_proj|k", r"1\..*", "layers"):
         assert ends_with(name, pattern) == (get_pattern_key([pattern], name) == pattern), pattern
+    # Names are as short as they can be without meaning modules that have no adapter.
+    assert _short_names(["h.0.q", "h.0.k", "h.1.k"], ["h.0.q", "h.1.q", "h.0.k", "h.1.k"]) == ["0.q", "k"]
 
 
 def test_what_peft_computes_by_is_read_or_refused():

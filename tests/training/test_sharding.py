@@ -99,6 +99,7 @@ def test_a_parameter_is_divided_by_what_divides_it():
     assert partition_spec(path, (30, 576, 8, 64), sizes) == P(None, "fsdp")
     assert partition_spec(("token_embedding", "embedding"), (50257, 768), sizes) == P(None, "fsdp")
     assert partition_spec(("final_norm", "scale"), (576,), sizes) == P()
+    assert partition_spec((*path[:-1], "bias"), (30, 9, 64), sizes) == P(None, "tensor")
     # Of an optimizer, whose moments lie as their parameters do.
     assert partition_spec(("1", "mu", *path), (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
     assert partition_spec(("1", "v_row", *path), (576,), sizes) == P()  # one that keeps rows and columns alone
@@ -134,6 +135,8 @@ def test_an_axis_that_divides_nothing():
     sharding.check_mesh(sharding.mesh_sizes("tensor=3"), variables)
     with pytest.raises(BadInput, match=r"tensor=7 divides no parameter: .*kernel \[30, 576, 3, 64\] has 3 along"):
         sharding.check_mesh(sharding.mesh_sizes("tensor=7"), variables)
+    with pytest.raises(BadInput, match=r"fsdp=7 divides no parameter: .* has \d+ along '(embed|latent)'; choose a div"):
+        sharding.check_mesh(sharding.mesh_sizes("fsdp=7"), variables)
     with pytest.raises(BadInput, match="expert=2 has no effect"):
         sharding.check_mesh(sharding.mesh_sizes("expert=2"), variables)
 
