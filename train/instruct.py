@@ -125,7 +125,8 @@ def main(options: Options) -> Any:
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable
     from llmq_jax.training.processes import of_first, same
-    from llmq_jax.training.run_folder import config_of_run, differences
+    from llmq_jax.training.run_config import differences
+    from llmq_jax.training.run_folder import config_of_run
     from llmq_jax.training.sharding import row_share
 
     # The conversations, some of them held out, and the model.

@@ -31,7 +31,8 @@ from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, read_metrics
 from llmq_jax.training.plots import Point, curve, training_curve
 from llmq_jax.training.report import RunResult
-from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest, differences
+from llmq_jax.training.run_config import CODE, code_digest, differences
+from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.state import with_updates
 from llmq_jax.training.validation import LOSS, Validation
