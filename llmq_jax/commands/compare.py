@@ -98,7 +98,7 @@ def print_differences(groups: Groups, averaged: str | None) -> None:
     from rich.text import Text
 
     from llmq_jax.commands.tables import print_table
-    from llmq_jax.training.run_folder import what_differs
+    from llmq_jax.training.run_config import what_differs
 
     table = Table("differing in", box=None, header_style="bold", pad_edge=False)
     for name in groups:
@@ -238,7 +238,7 @@ def text_of(cells: Sequence[Cell]) -> str:
 
 def grouped(runs: dict[str, Run], option: str) -> Groups:
     """The runs that differ in this option alone, by a name for them all."""
-    from llmq_jax.training.run_folder import alike_but_for
+    from llmq_jax.training.run_config import alike_but_for
 
     of_folder = {run.folder: run for run in runs.values()}
     groups = [[of_folder[folder] for folder in group] for group in alike_but_for(option, list(of_folder))]
