@@ -100,7 +100,7 @@ def main(options: Options) -> Any:
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, resuming, step
-    from llmq_jax.training.metrics import printable
+    from llmq_jax.training.metrics import sample_text
     from llmq_jax.training.parts import whole
     from llmq_jax.training.processes import first, of_first
     from llmq_jax.training.sharding import own_rows, row_share
@@ -176,7 +176,7 @@ def main(options: Options) -> Any:
             return step.evaluate(eval_step, variables, map(own_rows, some))
 
         if not folder.resumed and options.sample_every != 0:
-            print(printable(ask(learner.variables)), flush=True)
+            print(sample_text(0, ask(learner.variables)), flush=True)
         lengths = [len(answer.tokens) for answer in learned.answers]
         unembedded = sum(int(answer.learned.sum()) for answer in learned.answers) / sum(lengths)
         state = learner.state(optimizer, options.seed)

@@ -123,7 +123,7 @@ def main(options: Options) -> Any:
     from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
-    from llmq_jax.training.metrics import printable
+    from llmq_jax.training.metrics import sample_text
     from llmq_jax.training.processes import of_first, same
     from llmq_jax.training.run_config import differences
     from llmq_jax.training.run_folder import config_of_run
@@ -183,7 +183,7 @@ def main(options: Options) -> Any:
     same(digests, differences)  # of other data processes would take other prompts, and wait for one another
     # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
     if options.sample_every != 0 and of_first(lambda: config_of_run(Path(options.out)) is None):
-        print(printable(ask(learner.variables)), flush=True)
+        print(sample_text(0, ask(learner.variables)), flush=True)
     kept = in_style(options, training, tokenizer)
     lengths = [len(example.tokens) for example in learned.examples]
     return engine.run(

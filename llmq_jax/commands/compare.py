@@ -155,14 +155,16 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
 
 
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """`Run.judge`, as the checkpoints say; without any, the reward or else the validation loss if it was measured."""
+    """`Run.judge`: what the checkpoints say if that was measured; else the reward or the validation loss if it was."""
     from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
+    from llmq_jax.training.metrics import VALIDATION
     from llmq_jax.training.plots import curve, is_rewarded
 
-    if (found := Checkpoints(folder / CHECKPOINTS).judged_by()) is not None:
-        return found
-    if is_rewarded(records):
+    found = Checkpoints(folder / CHECKPOINTS).judged_by()
+    if is_rewarded(records) and not (found and curve(records, VALIDATION + found[0])):
         return "reward", "highest"
+    if found is not None:
+        return found
     return ("loss", "lowest") if curve(records, "validation_loss") else None
 
 

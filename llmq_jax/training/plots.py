@@ -234,7 +234,7 @@ def save_figure(figure: Any, path: str | Path) -> Path:
 
 def legend(axes: Any, **style: Any) -> None:
     """Add a legend of the curves; a dollar in a name begins no formula."""
-    for text in axes.legend(frameon=False, **style).get_texts():
+    for text in axes.legend(facecolor="white", edgecolor="none", **style).get_texts():
         text.set_parse_math(False)
 
 
