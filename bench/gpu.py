@@ -203,16 +203,15 @@ def decoding(config: Any, bandwidth: float | None) -> str:
     return f"decoding, 1 row: {rate:,.1f} tokens/s, {held / 1e9:.2f} GB a token{share}"
 
 
-def cache_bytes(config: Any, length: int) -> float:
+def cache_bytes(config: Any, length: int) -> int:
     """Bytes of one row's cache of `length` slots, in bfloat16: what each token reads."""
-    from llmq_jax.training.flops import head_widths
+    import jax
+    import jax.numpy as jnp
 
-    if hasattr(config, "kv_lora_rank"):
-        entries = config.kv_lora_rank + config.qk_rope_head_dim
-    else:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        entries = heads * sum(head_widths(config))
-    return 2.0 * entries * length * config.num_hidden_layers
+    from llmq_jax.models import build
+
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(build(config).create_caches(1, length, jnp.bfloat16)))
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def run_options(path: Path) -> dict[str, Any]:
     """The options of the run in a folder, or of the run that a checkpoint belongs to; {} where there is no run."""
     from llmq_jax.interop.tensor_files import read_json
     from llmq_jax.training.checkpoints import find_checkpoint
-    from llmq_jax.training.run_folder import CONFIG, MARK
+    from llmq_jax.training.run_config import CONFIG, MARK
 
     checkpoint = find_checkpoint(path)
     file = checkpoint.resolve().parents[1] / CONFIG if checkpoint is not None else path / CONFIG

@@ -1,9 +1,9 @@
 """Convert a Hugging Face model, or a file of weights, into a checkpoint of this project."""
 
-import shlex
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from convert.to_hf import command_for
 from llmq_jax.command_line import run
 from llmq_jax.options import Flag, Positional, default_is
 
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     if lm.tokenizer is None:
         print("without a tokenizer, which text needs: give one with --tokenizer")
     else:
-        print(f'next: llmq generate {shlex.quote(str(folder))} --prompt "Once upon a time"')
+        print(f"next: {command_for(lm, str(folder))}")
 
 
 def fields_given(options: Options) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ class Options:
 def main(options: Options) -> None:
     from llmq_jax.interop import huggingface, peft_writer
     from llmq_jax.interop.safetensors_files import check_shard_size
+    from llmq_jax.layers.lora import without_adapters
     from llmq_jax.model_files import load
     from llmq_jax.whole_folders import check_target
 
@@ -50,7 +51,8 @@ def main(options: Options) -> None:
         return
     widened = wide_enough(lm, options.dtype)
     folder = huggingface.save_hf(widened, options.target, options.dtype, size, options.overwrite)
-    print(f"{folder}: {without_adapters(lm)}\n{type_written(lm, options.dtype)}")
+    merged = lm.replace(variables=without_adapters(lm.variables))  # whose line tells of no adapters
+    print(f"{folder}: {merged}\n{type_written(lm, options.dtype)}")
     if lm.tokenizer is None:
         print(
             f"without a tokenizer, which text needs: {options.source} holds none (tokenizer.json; OpenAI's "
@@ -84,13 +86,6 @@ def wide_enough(lm: Any, dtype: str | None) -> Any:
         return lm
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
     return lm.replace(variables={**lm.variables, "params": params})
-
-
-def without_adapters(lm: Any) -> Any:
-    """The model as it is written, for its line: the numbers of adapters are none of its own."""
-    from llmq_jax.layers.lora import LORA
-
-    return lm.replace(variables={name: part for name, part in lm.variables.items() if name != LORA})
 
 
 def type_written(lm: Any, dtype: str | None) -> str:

@@ -145,10 +145,7 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     if own is not None and own.vocab_size > lm.config.vocab_size:
         warn(f"{folder}: its tokenizer has {own.vocab_size} tokens, the base {lm.config.vocab_size}: its own stays")
         return lm
-    generation = lm.generation
-    end = None if own is None else own.end_of_text
-    if end is not None and end not in generation.eos_token_id:
-        generation = generation.replace(eos_token_id=(*generation.eos_token_id, end))
+    generation = lm.generation.with_end(None if own is None else own.end_of_text)
     if values := read_generation_config(folder, known=generation.other):  # of what its base says, loading that has told
         generation = GenerationConfig.from_hf(generation.to_hf() | values)
     return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)

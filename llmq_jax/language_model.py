@@ -42,7 +42,7 @@ from llmq_jax.layers.lora import (
     trained_numbers,
     without_adapters,
 )
-from llmq_jax.models import abstract_variables, build, override
+from llmq_jax.models import abstract_variables, build, override, parameter_count
 from llmq_jax.models.decoder import Decoder, default_positions, of_a_script, slice_modules
 from llmq_jax.models.deepseek3 import modules_ahead
 from llmq_jax.models.heads import SCORE, shown
@@ -409,7 +409,7 @@ class LanguageModel:
         return tokens, positions, segment_ids
 
     def __repr__(self) -> str:
-        count, dtype = sum(leaf.size for leaf in jax.tree.leaves(self.params)), weight_type(self.params)
+        count, dtype = parameter_count(self.params), weight_type(self.params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
         adapters, gone = "", ", weights gone in training" if is_consumed(self.variables) else ""
         if LORA in self.variables and not gone:

@@ -264,7 +264,7 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
 def _describe(path: Path) -> str:
     if path.is_file():
         return f"a {path.suffix} file" if path.suffix else "a file"
-    from llmq_jax.training.run_folder import read_run_config
+    from llmq_jax.training.run_config import read_run_config
 
     if read_run_config(path / CONFIG) is not None:
         return "the folder of a run without a checkpoint"

@@ -20,13 +20,6 @@ def end_of_answer(examples: Iterable[Any], tokenizer: Any) -> int | None:
     return None
 
 
-def ending_with(end: int | None, generation: Any) -> Any:
-    """The generation config with this end token added."""
-    if end is None or end in generation.eos_token_id:
-        return generation
-    return dataclasses.replace(generation, eos_token_id=(*generation.eos_token_id, end))
-
-
 def questioner(options: Any, lm: Any, held_out: list) -> Any:
     """`ask(variables, step)` -> an instruction and the model's greedy answer to it, as text, for the variables of a
     training state at any step.

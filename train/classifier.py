@@ -344,7 +344,8 @@ def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[in
     plot_confusion(report, folder / "confusion.png")
     write_report_page(folder)
     print(f"\ntest after step {step:,} on {counted(len(part), 'text')}: {report.text()}\n")
-    print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
+    worst = f"{'the worst ' if errors else ''}{counted(len(errors), 'error')}"
+    print(f"written to {folder}: test.json, confusion.png, errors.jsonl ({worst})", flush=True)
 
 
 def next_commands(options: Options, config: Any) -> list[str]:

@@ -23,7 +23,8 @@ def on_devices(recipe: Callable) -> Callable:
         from llmq_jax.training.joining import joined
         from llmq_jax.training.processes import of_first, one_speaks, same
         from llmq_jax.training.profile import profiled_steps
-        from llmq_jax.training.run_folder import config_of_run, differences
+        from llmq_jax.training.run_config import differences
+        from llmq_jax.training.run_folder import config_of_run
         from llmq_jax.training.sharding import make_mesh
 
         preview = getattr(options, "preview", False)

@@ -25,7 +25,7 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.host_copies import to_host
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
-from train.answers import end_of_answer, ending_with, prompts_to_ask, questioner
+from train.answers import end_of_answer, prompts_to_ask, questioner
 from train.chat_templates import chat_template_digest, in_style, tell_of_no_end, with_text_options
 from train.devices import on_devices
 from train.exports import next_commands
@@ -100,7 +100,7 @@ def main(options: Options) -> Any:
     from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, resuming, step
-    from llmq_jax.training.metrics import printable
+    from llmq_jax.training.metrics import sample_text
     from llmq_jax.training.parts import whole
     from llmq_jax.training.processes import first, of_first
     from llmq_jax.training.sharding import own_rows, row_share
@@ -125,7 +125,7 @@ def main(options: Options) -> Any:
     # The model, computing as the options say and stopping at the end of an answer, and the part of it that trains.
     end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
     tell_of_no_end(options, end)
-    reference = source.replace(generation=ending_with(end, source.generation))
+    reference = source.replace(generation=source.generation.with_end(end))
     source, learner = learner_of(reference, options, options.batch_size, drops=False)
     reference = reference.replace(model=source.model)
     schedule, optimizer = optimizer_of(options)
@@ -176,7 +176,7 @@ def main(options: Options) -> Any:
             return step.evaluate(eval_step, variables, map(own_rows, some))
 
         if not folder.resumed and options.sample_every != 0:
-            print(printable(ask(learner.variables)), flush=True)
+            print(sample_text(0, ask(learner.variables)), flush=True)
         lengths = [len(answer.tokens) for answer in learned.answers]
         unembedded = sum(int(answer.learned.sum()) for answer in learned.answers) / sum(lengths)
         state = learner.state(optimizer, options.seed)

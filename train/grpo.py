@@ -23,7 +23,6 @@ from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle, with_breaks
-from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.devices import on_devices, row_parts
 from train.exports import next_commands
@@ -221,7 +220,7 @@ def main(options: Options) -> Any:
     source = load_to_train(options)
     source.require_language_model(options.init_from)
     source = with_chat_template(options, source)
-    source = source.replace(generation=ending_with(source.tokenizer.end_of_text, source.generation))
+    source = source.replace(generation=source.generation.with_end(source.tokenizer.end_of_text))
     config = source.config
     options = with_longest_prompt(options, config)
     training, validation = prompts_of(options, sources, source)

@@ -20,7 +20,7 @@ from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, default_is, refuse_idle
-from train.answers import end_of_answer, ending_with, questioner
+from train.answers import end_of_answer, questioner
 from train.chat_templates import chat_template_digest, check_chat_template, in_style, tell_of_no_end, with_text_options
 from train.devices import on_devices
 from train.exports import next_commands
@@ -123,9 +123,10 @@ def main(options: Options) -> Any:
     from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
-    from llmq_jax.training.metrics import printable
+    from llmq_jax.training.metrics import sample_text
     from llmq_jax.training.processes import of_first, same
-    from llmq_jax.training.run_folder import config_of_run, differences
+    from llmq_jax.training.run_config import differences
+    from llmq_jax.training.run_folder import config_of_run
     from llmq_jax.training.sharding import row_share
 
     # The conversations, some of them held out, and the model.
@@ -159,7 +160,7 @@ def main(options: Options) -> Any:
     options = with_steps(options, len(batches), EPOCHS)
 
     # The model, computing as the options say and stopping at the end of an answer, and the part of it that trains.
-    source = source.replace(generation=ending_with(end, source.generation))
+    source = source.replace(generation=source.generation.with_end(end))
     source, learner = learner_of(source, options, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -182,7 +183,7 @@ def main(options: Options) -> Any:
     same(digests, differences)  # of other data processes would take other prompts, and wait for one another
     # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
     if options.sample_every != 0 and of_first(lambda: config_of_run(Path(options.out)) is None):
-        print(printable(ask(learner.variables)), flush=True)
+        print(sample_text(0, ask(learner.variables)), flush=True)
     kept = in_style(options, training, tokenizer)
     lengths = [len(example.tokens) for example in learned.examples]
     return engine.run(

@@ -98,7 +98,7 @@ def print_differences(groups: Groups, averaged: str | None) -> None:
     from rich.text import Text
 
     from llmq_jax.commands.tables import print_table
-    from llmq_jax.training.run_folder import what_differs
+    from llmq_jax.training.run_config import what_differs
 
     table = Table("differing in", box=None, header_style="bold", pad_edge=False)
     for name in groups:
@@ -155,14 +155,16 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
 
 
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """`Run.judge`, as the checkpoints say; without any, the reward or else the validation loss if it was measured."""
+    """`Run.judge`: what the checkpoints say if that was measured; else the reward or the validation loss if it was."""
     from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
+    from llmq_jax.training.metrics import VALIDATION
     from llmq_jax.training.plots import curve, is_rewarded
 
-    if (found := Checkpoints(folder / CHECKPOINTS).judged_by()) is not None:
-        return found
-    if is_rewarded(records):
+    found = Checkpoints(folder / CHECKPOINTS).judged_by()
+    if is_rewarded(records) and not (found and curve(records, VALIDATION + found[0])):
         return "reward", "highest"
+    if found is not None:
+        return found
     return ("loss", "lowest") if curve(records, "validation_loss") else None
 
 
@@ -238,7 +240,7 @@ def text_of(cells: Sequence[Cell]) -> str:
 
 def grouped(runs: dict[str, Run], option: str) -> Groups:
     """The runs that differ in this option alone, by a name for them all."""
-    from llmq_jax.training.run_folder import alike_but_for
+    from llmq_jax.training.run_config import alike_but_for
 
     of_folder = {run.folder: run for run in runs.values()}
     groups = [[of_folder[folder] for folder in group] for group in alike_but_for(option, list(of_folder))]

@@ -97,7 +97,7 @@ def evaluate_text(options: Options) -> None:
     print(json.dumps(result) if options.json else _table(result))
 
 
-def one_text(path: str, split: str | None = None) -> Any:
+def one_text(path: str, split: str | None) -> Any:
     """What to read at a path: in a folder with several splits, the files of the one that is named. BadInput for a split
     that is not there, and where none is named, since a loss over several splits is that of none."""
     from llmq_jax.data.folders import FolderFiles

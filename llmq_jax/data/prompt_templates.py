@@ -273,11 +273,10 @@ def _left_out(what: str, message: Message, template: ChatTemplate) -> BadInput:
 
 def _stands_in(text: str, content: str) -> bool:
     """Whether a text without white space holds what a message says, as it is or as a string in JSON or Python."""
-    spelled = (
-        content,
-        *(json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)),
-        repr(content)[1:-1],
-    )
+    in_json, in_ascii = (json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    # LFM2's template writes all strings between single quotes, where Python's repr chooses.
+    between_single = in_json.replace('\\"', '"').replace("'", "\\'")
+    spelled = (content, in_json, in_ascii, repr(content)[1:-1], between_single)
     return any("".join(each.split()) in text for each in spelled)
 
 

@@ -187,7 +187,7 @@ def _derived_config(model_type: str, state: Mapping[str, Any], layout: str, fiel
     return config
 
 
-def config_class_of(state: Mapping[str, Any], layout: str = "hf") -> type:
+def config_class_of(state: Mapping[str, Any], layout: str) -> type:
     """The class of the config of weights that come without one, from their names."""
     return TABLES[_recognise(state, layout)].config.config_class
 

@@ -35,6 +35,7 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.axes import axis_sizes, replicated, row_devices
 from llmq_jax.model_files import load
+from llmq_jax.models import parameter_count
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import greedy_logprobs
 from llmq_jax.weight_type import weight_type
@@ -269,8 +270,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     def get_model_info(self) -> dict[str, Any]:
         """The facts about the model that the harness writes into its results."""
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.lm.params))
-        dtype = str(weight_type(self.lm.params))
+        count, dtype = parameter_count(self.lm.params), str(weight_type(self.lm.params))
         return {"model": self.source, "model_num_parameters": count, "model_dtype": dtype}
 
 

@@ -91,6 +91,12 @@ class GenerationConfig:
         """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_end(self, token: int | None) -> "GenerationConfig":
+        """The same, with this token among those that end a text."""
+        if token is None or token in self.eos_token_id:
+            return self
+        return self.replace(eos_token_id=(*self.eos_token_id, token))
+
 
 def read_generation_config(folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """The fields of a folder's `generation_config.json`; None where there is no such file. Those that have no effect

@@ -232,24 +232,18 @@ def _low_rank(
     dropouts: set[float] = set()
     for site in sites:
         trained, fixed = found[site.placement.path[1:]]
-        slot = site.placement.slot
-        scale = float(np.asarray(fixed[SCALE])[slot])
-        chosen = scale != 0
-        if not chosen:  # A layer without an adapter. Adapters of parameters are in all layers: zeros here.
-            if not site.is_parameter:
-                continue
-            scale = float(np.abs(fixed[SCALE]).max())
-        if DROPOUT in fixed:
-            dropouts.add(_seven_digits(np.asarray(fixed[DROPOUT])[slot]))
-        unscaled = {**fixed, SCALE: jnp.ones_like(fixed[SCALE])}
-        first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
-        last = last if chosen else np.zeros_like(last)
-        rank = first.shape[-1]
+        pair = _pair_of_layer(site, trained, fixed)
+        if pair is None:
+            continue
+        first, last, scale = pair
+        rank, slot = first.shape[-1], site.placement.slot
         name = f"{PREFIX}{experts_module(site, found) if site.of_experts else site.module}"
         tensors[f"{name}.{LORA_A}"], tensors[f"{name}.{LORA_B}"] = _in_their_shapes(first, last)
-        (parameters if site.is_parameter else linears).append(site.pattern_name)
         if MAGNITUDE in trained:
             tensors[f"{name}.{MAGNITUDES}"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
+        if DROPOUT in fixed:
+            dropouts.add(_seven_digits(np.asarray(fixed[DROPOUT])[slot]))
+        (parameters if site.is_parameter else linears).append(site.pattern_name)
         alphas[site.pattern_name], ranks[site.pattern_name] = _seven_digits(scale * rank), rank
     if len(dropouts) > 1:
         raise BadInput(
@@ -271,6 +265,20 @@ def _low_rank(
         "use_dora": any(MAGNITUDE in trained for trained, _ in found.values()),
         "init_lora_weights": True,
     }
+
+
+def _pair_of_layer(
+    site: Site, trained: dict[str, Any], fixed: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """A and B of a site's layer, and their scale, which is not in B; None where the layer has no adapter. Adapters of
+    parameters are in all layers: zeros there."""
+    slot = site.placement.slot
+    scale = float(np.asarray(fixed[SCALE])[slot])
+    if not (scale or site.is_parameter):
+        return None
+    unscaled = {**fixed, SCALE: jnp.ones_like(fixed[SCALE])}
+    first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
+    return (first, last, scale) if scale else (first, np.zeros_like(last), float(np.abs(fixed[SCALE]).max()))
 
 
 def _in_their_shapes(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

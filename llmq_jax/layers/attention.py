@@ -161,8 +161,7 @@ def self_attention(
     name = choose(
         context.implementation,
         window=window,
-        head_dim=query.shape[3],
-        value_dim=value.shape[3],
+        widths=(query.shape[3], value.shape[3]),
         dtype=query.dtype,
         softcap=softcap,
         dropout=dropout_key is not None,
@@ -216,16 +215,16 @@ def choose(
     name: str,
     *,
     window: int | None,
-    head_dim: int,
+    widths: tuple[int, int],
     dtype: Dtype,
-    value_dim: int | None = None,
     softcap: float | None = None,
     dropout: bool = False,
     heads: tuple[int, int] = (1, 1),
     device: Any = None,
 ) -> Choice:
-    """The implementation to run for a name, which may be "auto"; `heads` are the numbers of query and of key heads,
-    which a mesh may divide. BadInput: the name is unknown, or it is "fused" and that cannot run."""
+    """The implementation to run for a name, which may be "auto". `widths` are those of keys and of values in a head,
+    `heads` the numbers of query and of key heads, which a mesh may divide. BadInput: the name is unknown, or it is
+    "fused" and that cannot run."""
     check_implementation(name)
     device = device or target_device()
     windowed, automatic = window is not None, name == "auto"
@@ -235,7 +234,6 @@ def choose(
             name = "masked"
     obstacle = None
     if name == "fused":
-        widths = head_dim, head_dim if value_dim is None else value_dim
         obstacle = obstacle_to_fused(device, widths, dtype, softcap, dropout, heads)
         if obstacle is not None:
             if not automatic:

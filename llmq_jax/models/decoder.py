@@ -355,9 +355,9 @@ class Decoder(nn.Module):
         for block in self.unbound_blocks().values():
             cache = block.create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # blocks need not have it, caches with a window do
-            facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
-            facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
-            choices[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
+            facts: dict[str, Any] = {"widths": self.head_widths(cache), "heads": heads, "dtype": dtype}
+            facts |= {"softcap": softcap, "dropout": training and dropout > 0}
+            choices[window] = choose(self.attention, window=window, **facts)
         return choices
 
     @nn.nowrap

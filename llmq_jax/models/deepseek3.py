@@ -182,7 +182,6 @@ class DeepSeekV3Config:
         seen = top_groups * experts // groups
         rule = f"is more than the {seen} experts of topk_group={self.topk_group} groups"
         require(self.num_experts_per_tok <= seen, self, "num_experts_per_tok", rule)
-        _ = self.usual_experts  # which checks the rest
 
     @property
     def usual_experts(self) -> Experts | None:

@@ -138,16 +138,15 @@ def _at_targets_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -
     return at_targets(values, targets), jnp.where(here, tangents[0], 0.0).sum(-1)
 
 
-def perturbed_leaves(tree: Any, perturbed: bool) -> Any:
-    """Of arguments as `custom_vjp` with `symbolic_zeros` gives them, the values that need a gradient (or, with
-    perturbed=False, those that do not), and None for the others. A frozen head needs none."""
-    return jax.tree.map(
-        lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
-        tree,
-        is_leaf=lambda leaf: hasattr(leaf, "perturbed"),
-    )
+def parted(tree: Any) -> tuple[Any, Any]:
+    """(the values that need a gradient, those that need none, as a frozen head's) of arguments as `custom_vjp` with
+    `symbolic_zeros` gives them. Each tree has None where the other has a value."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    learns = [leaf.value if leaf.perturbed else None for leaf in leaves]
+    fixed = [None if leaf.perturbed else leaf.value for leaf in leaves]
+    return jax.tree.unflatten(structure, learns), jax.tree.unflatten(structure, fixed)
 
 
 def merged_trees(first: Any, second: Any) -> Any:
-    """One tree from two, each of which has None where the other has a value."""
+    """The way back from `parted`."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

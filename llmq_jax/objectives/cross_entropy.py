@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import gathered_over_fsdp
-from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, perturbed_leaves
+from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, parted
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
 CHUNK_ELEMENTS = {"cpu": 2**25, "gpu": 2**29, "tpu": 2**28}
@@ -68,7 +68,7 @@ def _summed_loss(unembed: Unembed, chunk_size: int, head: Any, hidden: Array, ta
 def _forward(
     unembed: Unembed, chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[Array, tuple[Any, Array]]:
-    learns, fixed = perturbed_leaves(head, True), perturbed_leaves(head, False)
+    learns, fixed = parted(head)
     hidden, targets, mask = hidden.value, targets.value, mask.value
 
     def gradients(rows: Array, target: Array, weight: Array) -> tuple[tuple[Array, Any], Array]:

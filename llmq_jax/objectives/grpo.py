@@ -167,11 +167,8 @@ def grpo_loss(
     reference's, which beta > 0 needs; without it they only give the metric `kl`. `mask` is 1 on the tokens that count;
     values at other tokens are ignored, even NaN. Gradients flow to `logprobs` and `entropies`.
 
-    Options, None being the loss type's own: the ratio is kept within 1 - `clip_low` (0.2) and 1 + `clip_high` (as
-    `clip_low`; for cispo the greatest ratio itself, 5); `beta` weighs the distance from the reference, estimated by
-    `kl` (k3), `kl_by_ratio` times the ratio; dr_grpo divides by `max_length`, the longest that an answer may be (C,
-    where the answers are a whole batch; give it where batches differ in width); `entropy_coefficient` is that of the
-    bonus; the temperatures are sapo's (1, 1.05). More in `LossOptions`.
+    The options up to the temperatures are those of `LossOptions`, which says what they do. Here the `max_length` of
+    dr_grpo need not be given where the answers are a whole batch, and is C then; give it where batches differ in width.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
     of micro-batches, except those called min and max, then add up to the batch's. Value and gradient equal TRL's.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
-from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, perturbed_leaves
+from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, parted
 
 # Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
 # head's gradient.
@@ -201,7 +201,7 @@ def _in_chunks(
 def _chunks_forward(
     of_rows: Callable[..., tuple[Array, ...]], chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
-    learns, fixed = perturbed_leaves(head, True), perturbed_leaves(head, False)
+    learns, fixed = parted(head)
     rows = hidden.value, targets.value, mask.value
     return _in_chunks(of_rows, chunk_size, merged_trees(learns, fixed), *rows), (learns, fixed, *rows)
 

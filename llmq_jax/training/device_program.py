@@ -54,7 +54,7 @@ LOSS, UPDATE = "loss", "update"
 class Device(Partitioner):
     """After `run`, `sent` holds what is exchanged. With `passes` = 2 the outermost loop goes over micro-batches."""
 
-    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple[Any, ...]], vocabulary: int, passes: int = 1):
+    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple[Any, ...]], vocabulary: int, passes: int):
         super().__init__(sizes, weights, vocabulary)
         self.passes, self.depth = passes, 0
 

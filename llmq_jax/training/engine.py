@@ -105,8 +105,7 @@ def run(
     checkpoint without room is not its last; StoppedBySignal, which exits, after SIGTERM or SIGINT, once the state is
     saved (without checkpoints, both signals act as usual).
     """
-    able = {"evaluates": evaluate is not None, "samples": sample is not None}
-    options = options.resolved(**able, saves=folder is not None)
+    options = options.resolved(evaluates=evaluate is not None, samples=sample is not None, saves=folder is not None)
     refuse_consumed_state(state)
     validation = Validation(judged_by, options.patience, start=int(state.step))
     if options.wandb:
@@ -125,7 +124,7 @@ def run(
     first_means = _before_folder(state, options, folder, evaluate, validation)
     opened: contextlib.AbstractContextManager[RunFolder | None]
     if isinstance(folder, str | Path):
-        opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config, **able)
+        opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config)
     else:
         opened = contextlib.nullcontext(folder)
     with opened as run_folder:

@@ -21,7 +21,7 @@ from llmq_jax.training.plots import (
     save_figure,
     shown,
 )
-from llmq_jax.training.run_folder import CONFIG, read_run_config
+from llmq_jax.training.run_config import CONFIG, read_run_config
 
 # A heat map shows the mean over this part of the records, the last ones.
 LAST_PART = 0.2

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from llmq_jax.layers.axes import EXPERTS, path_names
 from llmq_jax.models import abstract_variables, build
@@ -111,7 +112,9 @@ def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0)
     """FLOP of attention forward, for a token, over all layers; arguments as in `token_flops`."""
     lengths = [lengths] if isinstance(lengths, int) else lengths
     windows = getattr(config, "layer_windows", (None,) * config.num_hidden_layers)
-    key, value = head_widths(config)
+    model = build(config)
+    block = next(iter(model.unbound_blocks().values()))  # heads are as wide in all layers
+    key, value = model.head_widths(block.create_cache(1, 1, jnp.float32))
     total = 0.0
     for window in (*windows, *(None,) * modules):
         longest = window or max(lengths)
@@ -123,11 +126,3 @@ def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0)
 def _seen(length: int, window: int) -> float:
     """The number of keys that each token of a sequence sees, at most `window`, summed over the tokens."""
     return window * (window + 1) / 2 + (length - window) * window
-
-
-def head_widths(config: Any) -> tuple[int, int]:
-    """(width of a head's keys, width of its values) in training."""
-    if hasattr(config, "v_head_dim"):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width, width

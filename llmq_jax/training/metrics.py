@@ -125,6 +125,12 @@ def printable(text: str) -> str:
     return "".join(character if is_text(character) or character in "\n\t" else "\ufffd" for character in text)
 
 
+def sample_text(step: int, text: str) -> str:
+    """A sample as a run shows it."""
+    indented = printable(text).replace("\n", "\n  ")
+    return f"step {step}: sample\n  {indented}"
+
+
 def one_line(text: str, width: int) -> str:
     """A text on one line of at most `width` characters."""
     text = " ".join(text.split())

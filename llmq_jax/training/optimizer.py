@@ -193,7 +193,7 @@ def _require_as_named(path: tuple[str, ...], axes: int) -> None:
         )
 
 
-def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.GradientTransformation:
+def scale_by_muon(momentum: float, dtype: str) -> optax.GradientTransformation:
     """Replaces the gradient of a matrix [M, N] by its orthogonalised Nesterov momentum, times 0.2 sqrt(max(M, N))."""
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -24,16 +24,18 @@ class Pace:
         self._utilisation = utilisation
         self._now, self._compiled = now, compiled
         self._paused = self._compiling = 0.0
-        self._first: tuple[int, int, float] | None = None  # step, tokens, time
-        self._marked: tuple[int, float] | None = None  # tokens, seconds of training
+        self._began: float | None = None
+        self._first_step = self._first_tokens = 0  # at that time
+        self._marked = 0, 0.0  # tokens, seconds of training
         self.step = 0
         self.tokens = 0
 
     def finished(self, step: int, tokens: int) -> None:
         """Note a finished step. `tokens` are those of the whole run, up to this step."""
         self.step, self.tokens = step, tokens
-        if self._first is None:
-            self._first = step, tokens, self._now()
+        if self._began is None:
+            self._began = self._now()
+            self._first_step, self._first_tokens = step, tokens
             self._marked = tokens, 0.0
 
     @contextlib.contextmanager
@@ -42,7 +44,7 @@ class Pace:
         try:
             yield
         finally:
-            if self._first is not None:  # what is compiled in the first pauses is not in later ones
+            if self._began is not None:  # what is compiled in the first pauses is not in later ones
                 compiling = self._compiled() - before
                 self._compiling += compiling
                 self._paused += self._now() - began - compiling
@@ -54,22 +56,27 @@ class Pace:
         try:
             yield
         finally:
-            if self._first is not None:
+            if self._began is not None:
                 self._compiling += self._compiled() - before
 
     def seconds(self) -> float:
         """Time spent training, by this process."""
-        return 0.0 if self._first is None else self._now() - self._first[2] - self._compiling - self._paused
+        return 0.0 if self._began is None else self._now() - self._began - self._compiling - self._paused
+
+    @property
+    def _timed(self) -> int:
+        """Steps since the clock started."""
+        return self.step - self._first_step
 
     def tokens_per_second(self) -> float | None:
         """Mean since the first finished step."""
-        if self._first is None or self.step == self._first[0]:
+        if not self._timed:
             return None
-        return (self.tokens - self._first[1]) / max(self.seconds(), 1e-9)
+        return (self.tokens - self._first_tokens) / max(self.seconds(), 1e-9)
 
     def since_mark(self) -> float | None:
         """Tokens a second since the last call."""
-        if self._marked is None or self._first is None or self.step == self._first[0]:
+        if not self._timed:
             return None
         (tokens, seconds), self._marked = self._marked, (self.tokens, self.seconds())
         return (self.tokens - tokens) / max(self._marked[1] - seconds, 1e-9)
@@ -81,7 +88,6 @@ class Pace:
         return self._utilisation * tokens_per_second
 
     def seconds_left(self) -> float | None:
-        if self._first is None or self.step == self._first[0]:
+        if not self._timed:
             return None
-        step, _, began = self._first
-        return (self._now() - began - self._compiling) / (self.step - step) * (self._steps - self.step)
+        return (self.seconds() + self._paused) / self._timed * (self._steps - self.step)

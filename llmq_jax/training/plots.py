@@ -12,7 +12,7 @@ import numpy as np
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput, no_such_path
 from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
-from llmq_jax.training.run_folder import CONFIG, read_run_config, run_below
+from llmq_jax.training.run_config import CONFIG, read_run_config, run_below
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
@@ -234,7 +234,7 @@ def save_figure(figure: Any, path: str | Path) -> Path:
 
 def legend(axes: Any, **style: Any) -> None:
     """Add a legend of the curves; a dollar in a name begins no formula."""
-    for text in axes.legend(frameon=False, **style).get_texts():
+    for text in axes.legend(facecolor="white", edgecolor="none", **style).get_texts():
         text.set_parse_math(False)
 
 

@@ -38,7 +38,7 @@ class Profile:
     def begin(self, step: int, state: Any) -> None:
         """Start the trace if this step, which comes next, is the first to trace: once the steps before it, which make
         `state`, are done."""
-        if not step == self.first <= self.last:
+        if step != self.first or self.first > self.last:
             return
         jax.block_until_ready(state)
         assert self.folder is not None

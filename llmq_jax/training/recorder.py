@@ -17,7 +17,7 @@ from llmq_jax.training.metrics import (
     SamplesFile,
     drop_metrics_after,
     drop_samples_after,
-    printable,
+    sample_text,
     shown_loss,
 )
 from llmq_jax.training.pace import Pace
@@ -106,8 +106,7 @@ class Recorder:
         return f"validation {figures}"
 
     def sample(self, step: int, text: str) -> None:
-        indented = printable(text).replace("\n", "\n  ")
-        self._progress.message(f"step {step}: sample\n  {indented}")
+        self._progress.message(sample_text(step, text))
         if self._samples:
             self._keep(self._samples.write, step, text)
 

@@ -59,7 +59,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def report_text(result: RunResult, folder: Path | None, further: str = "", next_commands: Sequence[str] = ()) -> str:
+def report_text(result: RunResult, folder: Path | None, further: str, next_commands: Sequence[str]) -> str:
     parts = [f"{counted(result.step, 'step')}, {result.tokens:,} tokens"]
     if result.seconds is not None:
         parts.append(f"{clock(result.seconds)} of training")

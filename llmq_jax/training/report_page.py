@@ -19,7 +19,8 @@ from llmq_jax.training.checkpoints import CHECKPOINTS, Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, VALIDATION, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, run_below, text_of
+from llmq_jax.training.run_config import CONFIG, MARK, read_run_config, run_below, text_of
+from llmq_jax.training.run_folder import FINISHED, read_finished
 from llmq_jax.whole_folders import refuse_no_permission
 
 PAGE = "report.html"

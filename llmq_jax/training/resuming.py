@@ -31,7 +31,8 @@ from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, read_metrics
 from llmq_jax.training.plots import Point, curve, training_curve
 from llmq_jax.training.report import RunResult
-from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest, differences
+from llmq_jax.training.run_config import CODE, code_digest, differences
+from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.state import with_updates
 from llmq_jax.training.validation import LOSS, Validation
@@ -44,12 +45,11 @@ def open_folder(
     config: dict[str, Any] | None = None,
     may_change: Collection[str] = (),
     model_config: Any = None,
-    evaluates: bool = True,
-    samples: bool = True,
 ) -> RunFolder:
     """Open the folder of a run, for recipes that have work to do there before `run`, which takes the result in place of
-    a path. Arguments are those of `run`; `evaluates` and `samples` say whether it is given these two functions."""
-    options = options.resolved(evaluates=evaluates, samples=samples, saves=True)
+    a path. Arguments are those of `run`. Options that it has not resolved are those of a run that evaluates and
+    samples."""
+    options = options.resolved(evaluates=True, samples=True, saves=True)
     described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
     described[CODE] = code_digest()
     may_change = [*may_change, CODE, *(f"options.{name}" for name in options.neutral)]

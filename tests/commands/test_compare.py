@@ -259,6 +259,14 @@ def test_of_grpo_the_reward_is_shown_and_drawn(llmq, run, tmp_path, drawn):
     assert [line.is_dashed() for line in axes.lines] == [False, True]
 
 
+def test_a_loop_of_grpo_that_evaluates_nothing_is_compared_by_its_reward(llmq, run, tmp_path, drawn):
+    """As of docs/grpo.md from Python: its checkpoints name the loss, by which a run is judged unless told otherwise."""
+    one, two = (judged(run(name, 0.25, 0.5, figure="reward", training=1e-8), "loss", "lowest") for name in ("a", "b"))
+    code, out, _ = llmq("compare", one, two, "--out", tmp_path / "x.png")
+    assert code == 0 and out.splitlines()[1].split() == ["a", "20", "0.5000", "reward", "1,000"]
+    assert drawn[0].axes[0].get_title(loc="left") == "reward"
+
+
 @pytest.fixture
 def seeds(run):
     """`seeds(name, rate, seed, *losses)` makes a run folder with a config too."""

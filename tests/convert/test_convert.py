@@ -63,6 +63,8 @@ def test_there_and_back(source, program, tmp_path):
     code, out, _ = program("convert.to_hf", classifier, tmp_path / "its")
     assert code == 0 and f"llmq classify {tmp_path / 'its'} --text" in out
     assert f'transformers.AutoModelForSequenceClassification.from_pretrained("{tmp_path / "its"}")' in out
+    code, out, _ = program("convert.from_hf", tmp_path / "its", tmp_path / "its-back")
+    assert code == 0 and f"llmq classify {tmp_path / 'its-back'} --text" in out
 
 
 def test_bad_input_is_one_line(source, tmp_path):

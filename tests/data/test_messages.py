@@ -234,6 +234,18 @@ def test_a_call_is_not_lost_beside_another_of_its_tool(tmp_path, old, new):
         learned(conversation, TOOLED.replace(old, new))
 
 
+def test_arguments_as_strings_in_python(tmp_path):
+    """Between single quotes, as LFM2's template writes them, and between those that Python chooses."""
+    texts = ["don't", 'say "no"', "a 'b' \"c\"", "it's\n\xa0two", "back\\slash"]
+    asked = [user("a"), assistant("", tool_calls=[call("weather", **dict(zip("abcde", texts, strict=True)))])]
+    (conversation,) = read(tmp_path, {"messages": asked, "tools": TOOLS})
+    escaped = r"""call.function.arguments.values() | map("replace", "\\", "\\\\") | map("replace", "'", "\\'")"""
+    written = escaped + r""" | map("replace", "\n", "\\n") | join("', '")"""
+    for arguments in (written, "call.function.arguments"):
+        (answer,) = learned(conversation, TOOLED.replace("call.function.arguments | tojson", arguments))
+        assert "two" in answer
+
+
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_what_is_asked_is_not_lost(tmp_path, role):
     (conversation,) = read(tmp_path, {"messages": [{"role": role, "content": "Hi"}, user("a"), assistant("b")]})

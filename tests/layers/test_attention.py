@@ -314,7 +314,7 @@ def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
 
 # Which implementation.
 
-LAYER = {"head_dim": 64, "dtype": jnp.bfloat16}
+LAYER = {"widths": (64, 64), "dtype": jnp.bfloat16}
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 TPU_V4 = SimpleNamespace(platform="tpu", device_kind="TPU v4")
@@ -340,17 +340,17 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
         ("masked", HOPPER, None, {"softcap": 50.0}),
         ("masked", OTHER_GPU, None, {}),
         ("fused", HOPPER, 64, {}),
-        ("fused", HOPPER, 64, {"head_dim": 256}),
-        ("blocked", AMPERE, 64, {"head_dim": 256}),
-        ("fused", BLACKWELL, 64, {"head_dim": 128}),
-        ("blocked", BLACKWELL, 64, {"head_dim": 256}),
-        ("masked", BLACKWELL, None, {"head_dim": 192, "value_dim": 128}),
+        ("fused", HOPPER, 64, {"widths": (256, 256)}),
+        ("blocked", AMPERE, 64, {"widths": (256, 256)}),
+        ("fused", BLACKWELL, 64, {"widths": (128, 128)}),
+        ("blocked", BLACKWELL, 64, {"widths": (256, 256)}),
+        ("masked", BLACKWELL, None, {"widths": (192, 128)}),
         ("blocked", HOPPER, 64, {"dropout": True}),
         ("blocked", HOPPER, 64, {"softcap": 50.0}),
         ("blocked", HOPPER, 64, {"dtype": jnp.float32}),
         ("blocked", OTHER_GPU, 64, {}),
         ("fused", TPU_V4, 64, {}),
-        ("fused", TPU, None, {"dtype": jnp.float32, "softcap": 50.0, "head_dim": 80, "value_dim": 96}),
+        ("fused", TPU, None, {"dtype": jnp.float32, "softcap": 50.0, "widths": (80, 96)}),
         ("masked", TPU, None, {"dropout": True}),
         ("masked", TPU, None, {"dtype": jnp.float16}),
         ("masked", OLD_TPU, None, {}),
@@ -385,8 +385,8 @@ def test_auto_is_plain_where_someone_writes_so(device, monkeypatch):
         (HOPPER, {"dtype": jnp.float32}, "it computes in bfloat16 (--dtype bfloat16) or float16, not in float32"),
         (HOPPER, {"softcap": 50.0}, "it has no softcap"),
         (HOPPER, {"dropout": True}, "it has no dropout"),
-        (HOPPER, {"head_dim": 12}, "a multiple of 8 features, here at most 256, not 12"),
-        (AMPERE, {"head_dim": 256}, "a multiple of 8 features, here at most 128, not 256"),
+        (HOPPER, {"widths": (12, 12)}, "a multiple of 8 features, here at most 256, not 12"),
+        (AMPERE, {"widths": (256, 256)}, "a multiple of 8 features, here at most 128, not 256"),
     ],
 )
 def test_the_fused_kernel_asked_for_by_name_runs_or_fails(device, more, message):

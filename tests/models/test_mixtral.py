@@ -9,7 +9,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models import build, fields_from_text, init, override, preset
 from llmq_jax.models.mixtral import MixtralConfig
 from llmq_jax.models.qwen import Qwen3MoeConfig
-from llmq_jax.training.run_folder import differences
+from llmq_jax.training.run_config import differences
 from tests.models.compiled import apply
 from tests.weights import draw_variables
 

@@ -102,7 +102,8 @@ def test_a_run_learns_and_leaves_what_it_promises(instruct, drawn):
     for name in ("config.json", "samples.txt", "losses.png", "checkpoints", "tensorboard"):
         assert Path("run", name).exists()
     assert "11 conversations to learn, 1 held out (template: alpaca)" in out
-    assert re.search(r"\nSay .*step 0: validation loss \d\.\d{4}\n", out, re.DOTALL) and "step 20: sample" in out
+    assert re.search(r"\nstep 0: sample\n  Say .*step 0: validation loss \d\.\d{4}\n", out, re.DOTALL)
+    assert "step 20: sample" in out
     assert out.endswith("next:\n  llmq chat run\n  python -m convert.to_hf run run-hf\n")
     config = json.loads(Path("run/config.json").read_text())
     assert {"template": "alpaca", "context": 320, "train_on": "response", "pack": True}.items() <= config.items()

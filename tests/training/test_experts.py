@@ -17,8 +17,8 @@ from llmq_jax.models import Llama3Config, build, init, preset
 from llmq_jax.objectives import NextToken
 from llmq_jax.training.checkpoints import config_dict
 from llmq_jax.training.expert_plots import draw_expert_load, mean_load, plot_balance, plot_expert_load, plot_experts
-from llmq_jax.training.run_folder import CONFIG as CONFIG_FILE
-from llmq_jax.training.run_folder import MARK
+from llmq_jax.training.run_config import CONFIG as CONFIG_FILE
+from llmq_jax.training.run_config import MARK
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_eval_step, make_train_step
 
