@@ -324,7 +324,9 @@ def writes(monkeypatch):
             num_hidden_layers=1,
             num_attention_heads=1,
         )
-        lm = lq.LanguageModel(config, lq.build(config), {}, tokenizer, lq.GenerationConfig(eos_token_id=(2,)))
+        lm = lq.LanguageModel(
+            config, lq.build(config), {"params": {}}, tokenizer, lq.GenerationConfig(eos_token_id=(2,))
+        )
         written, whole = jnp.array([ids]), ids.index(2) + 1 if 2 in ids else len(ids)
 
         def start(request):
@@ -468,7 +470,9 @@ def test_without_a_number_of_new_tokens_there_are_as_many_as_fit(lm):
     made = lq.generate(lm, ["x" * 50, "x" * 10], stop=())
     assert made.tokens.shape == (2, 14) and made.lengths.tolist() == [14, 14]
     assert "".join(lq.stream(lm, "x" * 50, stop=())) == made.text[0]
-    with pytest.raises(lq.BadInput, match="prompt 0 has 64 tokens, which with 1 new ones exceed the model's context"):
+    with pytest.raises(
+        lq.BadInput, match="prompt 0 has 64 tokens, which leave no room in the model's context of 64; sh"
+    ):
         lq.generate(lm, "x" * 64)
     with pytest.raises(lq.BadInput, match="prompt 0 has 50 tokens, which with 64 new ones exceed the model's context"):
         lq.generate(lm, "x" * 50, 64)
