@@ -69,7 +69,8 @@ class LanguageModel:
     together by hand ends its texts where GenerationConfig(eos_token_id=tokenizer.end_of_text) says so, or `stop`."""
 
     def __post_init__(self) -> None:
-        require_variables(self.variables)
+        if self.variables != {}:  # a recipe takes them over, and keeps the rest
+            require_variables(self.variables)
 
     @property
     def params(self) -> dict[str, Any]:

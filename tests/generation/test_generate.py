@@ -324,9 +324,7 @@ def writes(monkeypatch):
             num_hidden_layers=1,
             num_attention_heads=1,
         )
-        lm = lq.LanguageModel(
-            config, lq.build(config), {"params": {}}, tokenizer, lq.GenerationConfig(eos_token_id=(2,))
-        )
+        lm = lq.LanguageModel(config, lq.build(config), {}, tokenizer, lq.GenerationConfig(eos_token_id=(2,)))
         written, whole = jnp.array([ids]), ids.index(2) + 1 if 2 in ids else len(ids)
 
         def start(request):

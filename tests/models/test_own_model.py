@@ -152,7 +152,7 @@ def test_a_model_that_is_registered_anew_has_its_own_shapes(shown):
 
 def test_a_model_of_ones_own_has_no_place_in_transformers(shown, tmp_path):
     config = shown["CappedConfig"](**SIZES)
-    lm = lq.LanguageModel(config, lq.build(config), {"params": {}})
+    lm = lq.LanguageModel(config, lq.build(config), {})
     with pytest.raises(BadInput, match=r"transformers has no model of the type 'capped', .*; lq.save keeps it"):
         lq.save_hf(lm, tmp_path / "exported")
 
