@@ -10,6 +10,7 @@ from flax import struct
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import is_consumed, refuse_consumed, require_variables
 from llmq_jax.layers.lora import LORA, trained_whole
+from llmq_jax.models import parameter_count
 from llmq_jax.models.decoder import PARAMS
 from llmq_jax.training.sharding import place
 
@@ -33,6 +34,11 @@ class TrainState(struct.PyTreeNode):
     hold each entry by itself, which is written where it has changed since the checkpoint before."""
     trainable: tuple[str, ...] = struct.field(pytree_node=False, default=("params",))
     """The collections that gradients and the optimizer see."""
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {parameter_count(tree):,}" for name, tree in self.variables.items())
+        step = "consumed by a step" if is_consumed(self.step) else f"step={self.step}"
+        return f"TrainState({step}; values: {sizes}; training: {', '.join(self.trainable)})"
 
     @property
     def trained(self) -> dict[str, Any]:

@@ -175,6 +175,15 @@ def test_layers_below_adapters_have_no_gradients_but_on_the_way_to_an_embedding(
     assert train_adapters(model, adapted, heads)[0].frozen_layers == frozen
 
 
+def test_a_state_is_shown_without_its_arrays():
+    state = create_state(
+        {"params": {"a": np.ones((2, 3))}, "lora": {"b": np.ones(4)}}, optax.sgd(0.1), trainable="lora"
+    )
+    assert repr(state) == "TrainState(step=0; values: params 6, lora 4; training: lora)"
+    state.step.delete()
+    assert repr(state) == "TrainState(consumed by a step; values: params 6, lora 4; training: lora)"
+
+
 def test_a_matrix_that_is_to_train_whole_is_not_left_in_silence():
     model = build(CASES["llama"][0])
     spec = LoRA(rank=1, targets="query", whole="token_embedding")
