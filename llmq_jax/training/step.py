@@ -89,7 +89,7 @@ def make_train_step(
         raise BadInput(f"accumulate={accumulate} must be at least 1")
     if mode not in MODES:
         raise BadInput(f"mode={mode!r} is unknown; {did_you_mean(mode, MODES)}")
-    if not isinstance(objective, Objective) or not hasattr(objective.model, "experts"):
+    if not hasattr(getattr(objective, "model", None), "experts"):
         raise BadInput(f"{objective!r:.60} is no objective of a model; give one, as lq.objectives.NextToken(lm.model)")
     pmap = mode == "pmap"
     experts = objective.model.experts
