@@ -151,7 +151,9 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)
 
 
-def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:
+def save_adapter(
+    lm: LanguageModel, folder: str | os.PathLike[str], *, base: str | os.PathLike[str] = "", overwrite: bool = False
+) -> Path:
     """Write the adapters as a folder that PEFT loads. `base`, a hub id or a path, names there the model without them.
     Without it the folder is loaded by `load_adapter`, or by PEFT onto a base that it is given.
 
@@ -160,4 +162,4 @@ def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str
     """
     require_model(lm)
     text_files = TextFiles(lm.tokenizer, lm.generation)
-    return write_adapter(lm.variables, lm.config, folder, base, overwrite, text_files)
+    return write_adapter(lm.variables, lm.config, folder, os.fspath(base), overwrite, text_files)

@@ -55,10 +55,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+def did_you_mean(name: object, known: Iterable[str], count: int = 3) -> str:
     """ "did you mean a or b?" with the nearest of the known names, or all of them where none is near."""
     known = list(known)
-    near = close_names(name, known, count)
+    near = close_names(str(name), known, count)
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
 
 

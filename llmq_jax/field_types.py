@@ -95,6 +95,15 @@ def require_model(lm: Any) -> None:
     refuse_consumed(lm.variables)
 
 
+def require_variables(variables: Any) -> None:
+    """BadInput for what is no dict of collections, such as a LanguageModel, or the parameters alone."""
+    if not (isinstance(variables, Mapping) and "params" in variables):
+        raise BadInput(
+            f"{variables!r:.60} stands where variables are wanted, a dict with 'params' among its collections; give "
+            "lm.variables, or what lq.init returns"
+        )
+
+
 def refuse_consumed(variables: Any, whose: str = "this model") -> None:
     """BadInput for variables of which training has consumed (donated) an array: no computation can read them."""
     if is_consumed(variables):

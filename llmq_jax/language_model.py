@@ -22,10 +22,10 @@ from llmq_jax.data.records import is_blank
 from llmq_jax.data.tokenizer_files import WRITE_JSON
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import is_consumed, require_model, whole
+from llmq_jax.field_types import is_consumed, require_model, require_variables, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.prompt_cache import PromptCache
-from llmq_jax.generation.sampling import Sampler
+from llmq_jax.generation.sampling import Sampler, takes_sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated, target_platform
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
@@ -67,6 +67,10 @@ class LanguageModel:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """The tokens that end, begin and pad a text. By default there are none, whatever the tokenizer: a model that is put
     together by hand ends its texts where GenerationConfig(eos_token_id=tokenizer.end_of_text) says so, or `stop`."""
+
+    def __post_init__(self) -> None:
+        if self.variables != {}:  # a recipe takes them over, and keeps the rest
+            require_variables(self.variables)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class LanguageModel:
                 f"python -m convert.to_hf {source} FOLDER"
             )
 
+    @takes_sampler
     def chat(
         self,
         messages: Sequence[Any],

@@ -11,7 +11,7 @@ import typing
 
 from llmq_jax.errors import BadInput
 from llmq_jax.option_names import meant_by
-from llmq_jax.options import IDLE, given_fields, option_name, text_options, without_names
+from llmq_jax.options import IDLE, given_fields, help_texts, option_name, text_options, without_names
 
 WITHOUT_NAME = {
     "prompt": "a text is given by --prompt",
@@ -75,7 +75,8 @@ def one_line(box: str, options: type, arguments: list[str], program: str) -> str
         return f"missing {' and '.join(', '.join(missing).rsplit(', ', 1))}: {see}"
     if match := re.match(r"Missing value for argument '(.*?)'. Expected (\d+) values", text):
         count = "a value" if match[2] == "1" else f"{match[2]} values"
-        return f"{match[1]} needs {count}: {see}"
+        meaning = help_texts(options).get(match[1].lstrip("-").replace("-", "_"), "").partition(". ")[0].rstrip(".")
+        return f"{match[1]} needs {count}: {'; '.join(filter(None, (meaning, see)))}"
     if match := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*)\)", text):
         name = match[2].rpartition(".")[2]  # one without an option's name is called by its group, too
         choices = _in_order(options, name, [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"])

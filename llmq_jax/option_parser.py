@@ -13,12 +13,20 @@ import textwrap
 import typing
 from typing import Any
 
-import docstring_parser
 import tyro
 
 from llmq_jax.errors import BadInput
 from llmq_jax.option_errors import check_names, one_line
-from llmq_jax.options import IDLE, PATHS, at_home, fields_and_hints, option_name, text_options, without_names
+from llmq_jax.options import (
+    IDLE,
+    PATHS,
+    at_home,
+    fields_and_hints,
+    help_texts,
+    option_name,
+    text_options,
+    without_names,
+)
 
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # its placeholder in what tyro prints
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
@@ -113,18 +121,15 @@ def _refuse_empty_paths(options: type, given: dict[str, Any]) -> None:
 def _in_groups(options: type) -> type:
     """A dataclass of dataclasses, one for the options that each class declares: tyro shows each in a box of its own.
     The box of `LoggingOptions` is headed "logging options", that of the command's own class "options".
-
-    Help texts lose the line breaks of our docstrings, so that tyro fills them to the terminal's width.
     """
-    texts: dict[str, str | None] = {}
+    texts = help_texts(options)
     declared_by: dict[str, type] = {}
     for ancestor in reversed(options.__mro__[:-1]):
-        texts |= {field.arg_name: field.description for field in docstring_parser.parse_from_object(ancestor).params}
         declared_by = {**dict.fromkeys(inspect.get_annotations(ancestor), ancestor), **declared_by}
     groups: dict[str, list[tuple[str, Any, Any]]] = {}
     for field, hint in fields_and_hints(options):
         # Without prefix_name=False it would be --optimizer.learning-rate.
-        shown = tyro.conf.arg(help=" ".join((texts.get(field.name) or "").split()), prefix_name=False)
+        shown = tyro.conf.arg(help=texts.get(field.name, ""), prefix_name=False)
         kept = {name: getattr(field, name) for name in ("default", "default_factory", "kw_only")}
         declaring = declared_by[field.name]
         words = [] if declaring is options else re.findall("[A-Z][a-z]*", declaring.__name__.removesuffix("Options"))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tyro
+from docstring_parser import parse_from_object
 from tyro.conf import Positional as Positional
 
 from llmq_jax.errors import BadInput
@@ -86,6 +87,12 @@ def fields_and_hints(options: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     """The fields whose options can be given, and their annotations including tyro's."""
     hints = typing.get_type_hints(options, include_extras=True)
     return [(field, hints[field.name]) for field in given_fields(options)]
+
+
+def help_texts(options: type) -> dict[str, str]:
+    """{field: its docstring}, in one line: tyro fills it to the terminal's width."""
+    fields = [field for each in reversed(options.__mro__[:-1]) for field in parse_from_object(each).params]
+    return {field.arg_name: " ".join((field.description or "").split()) for field in fields}
 
 
 def without_names(options: type) -> list[str]:

@@ -140,7 +140,7 @@ TABLE = [
     ("python -m convert.parity nowhere", "nowhere: there is no such file or folder"),
     # llmq
     ("llmq generate model --prompt x --draft other", "the draft has a vocabulary of 300 ids and the model one of 257"),
-    ("llmq generate model --prompt x --top-p 2", "--top-p is 2.0 and must be above 0 and at most 1"),
+    ("llmq generate model --prompt x --top-p 2", "--top-p is 2.0 and must be between 0 and 1"),
     ("llmq generate text.txt --prompt x", "text.txt: is a .txt file, not a model; give"),
     ("llmq chat model", "model has no chat template, so it cannot converse"),
     ("llmq classify model --text x", "model is a language model, which knows no classes"),

@@ -214,14 +214,14 @@ BAD = {
     "fraction": ([*GOOD, "--batch-size=1.5"], r"--batch-size takes an integer, not '1.5': see"),
     "not a number": ([*GOOD, "--heat", "hot"], r"--heat takes a number, not 'hot': see"),
     "not two numbers": ([*GOOD, "--betas", "0.9", "b"], r"--betas takes two numbers, not '0.9 b': see"),
-    "one number": ([*GOOD, "--betas", "0.9"], r"--betas needs 2 values: see"),
-    "no value": (["cake", "--topping"], r"--topping needs a value: see"),
+    "one number": ([*GOOD, "--betas", "0.9"], r"--betas needs 2 values: Eggs; see"),
+    "no value": (["cake", "--topping"], r"--topping needs a value: What goes on top; see"),
     "text like an option": (
         ["cake", "--topping", "--jam"],
         r"unknown option --jam: as the text of --topping, write "
         r"--topping=--jam; see",
     ),
-    "option for a value": (["cake", "--topping", "--quiet"], r"--topping needs a value: see"),
+    "option for a value": (["cake", "--topping", "--quiet"], r"--topping needs a value: What goes on top; see"),
     "not a choice": ([*GOOD, "--where", "pen"], r"--where cannot be 'pen': choose from oven, pan, fire$"),
     "refused by the command": (["cake", "--topping", "sand"], r"sand is no topping in recipe: eat something else$"),
 }

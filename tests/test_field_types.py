@@ -68,6 +68,8 @@ sizes = dict(vocab_size=257, hidden_size=8, num_hidden_layers=1, num_attention_h
 config = lq.GPT2Config(**sizes | dict(num_hidden_layers=np.int64(1)))
 lm = LanguageModel(config, lq.build(config), lq.init(config, 0), ByteTokenizer())
 
+optimizer = lq.training.adamw(1e-3)
+
 def refused(said, function, *arguments, **options):
     try:
         function(*arguments, **options)
@@ -85,7 +87,7 @@ refused("num_key_value_heads=2.0", lq.Llama3Config, num_key_value_heads=2.0)
 refused("Experts.top_k='2'", lq.Experts, num_experts=4, top_k="2")
 assert lq.Experts(num_experts=np.int64(4), top_k=np.int64(2)) == lq.Experts(num_experts=4, top_k=2)
 for options in (dict(rank=2.5), dict(rank="8"), dict(rank=None), dict(alpha="4"), dict(use_rslora="yes"),
-                dict(targets=None), dict(targets=5), dict(dropout=None)):
+                dict(targets=None), dict(targets=5), dict(targets="query,value"), dict(dropout=None)):
     refused(next(iter(options)), lq.lora, lm, **options)
 assert lq.lora(lm, rank=np.int64(2)) is not None
 for name, hint in dict(r="here it is rank", lora_alpha="did you mean alpha?", use_dora="here it is variant='dora'",
@@ -95,6 +97,26 @@ refused("4 is no LoRA; give one, or its fields: lq.lora(lm, rank=4)", lq.lora, l
 assert lq.objectives.group_advantages([1.0, 0.0], 2, scale="none").tolist() == [0.5, -0.5]
 refused("mask has the shape [1, 2] and tokens [1, 3]; give it an entry for each token", lq.objectives.token_logprobs,
         lm.model, lm.variables, [[1, 2, 3]], [[1, 1]])
+refused("tokens have the shape [3] and must be [B, T]; write [tokens] for one row", lq.objectives.token_logprobs,
+        lm.model, lm.variables, [1, 2, 3])
+said = "temperature=0.5 belongs to the sampler; give sampler=lq.Sampler(temperature=0.5)"
+refused(said, generate, lm, "a", temperature=0.5)
+refused(said, lq.stream, lm, "a", temperature=0.5)
+refused(said, lm.chat, [], temperature=0.5)
+refused("there is no argument 'max_tokens'; here it is max_new_tokens", generate, lm, "a", max_tokens=5)
+refused("there is no argument 'echo'; choose from messages, max_new_tokens, sampler", lm.chat, [], echo=True)
+refused("unknown preset None; choose from gpt2-124m", lq.preset, None)
+refused("attention=None is unknown; choose from", lq.build(config, attention=None).apply, lm.variables, [[1]])
+refused("'gpt2' is no dict; give what json.load reads", lq.interop.config_from_hf, "gpt2")
+for function in (lambda given: lq.training.create_state(given, optimizer), lambda given: lm.replace(variables=given)):
+    for wrong in (lm, lm.params, None):
+        refused("stands where variables are wanted, a dict with 'params' among", function, wrong)
+refused("trainable='lora' is none of these variables' collections: params", lq.training.create_state, lm.variables,
+        optimizer, trainable="lora")
+for wrong in (lm.model, lq.objectives.NextToken(lm)):
+    refused("is no objective of a model; give one, as lq.objectives.NextToken", lq.training.make_train_step, wrong,
+            optimizer)
+refused("RunOptions.steps='5' is not of the type int", lq.training.RunOptions, "5")
 refused("Sampler.temperature='hot'", Sampler, temperature="hot")
 refused("Sampler.top_k=2.5", Sampler, top_k=2.5)
 greedy = Sampler(temperature=jnp.float32(0))

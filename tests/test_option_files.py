@@ -115,7 +115,7 @@ def test_help_needs_no_file(capsys):
         with pytest.raises(SystemExit) as exit:
             command_line.run(bake_into([]), ["--options", last], program="bake")
         assert exit.value.code == 2
-        assert capsys.readouterr().err == 'error: --options needs a value: see "bake --help"\n'
+        assert capsys.readouterr().err == 'error: --options needs a value: A file of these; see "bake --help"\n'
 
 
 def test_json_is_read(tmp_path, capsys):

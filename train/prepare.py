@@ -63,10 +63,10 @@ def main(options: Options) -> None:
         ),
     )
     options = filled(options, text_field="text")
-    print(f"reading {options.data}", flush=True)
     hold_out = options.validation_fraction != 0
     sources = text_sources(options, hold_out=hold_out)
     tokenizer = load_tokenizer(options.tokenizer)
+    print(f"reading {options.data}", flush=True)
     text, held_out, fraction_at_end = texts(options, sources, hold_out=hold_out, streamed=True)
 
     def blocks(text: Text, title: str) -> Iterator[Any]:

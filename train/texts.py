@@ -78,6 +78,9 @@ def text_sources(options: Any, *, hold_out: bool, prepared: bool = False) -> Sou
             )
         return text_files(folder)
 
+    fraction = options.validation_fraction
+    if hold_out and fraction is not None and not 0 < fraction < 1:
+        raise BadInput(f"--validation-fraction is {fraction} and must lie between 0 and 1")
     if prepared:
         return Sources(None, one_split(options.validation_data, "validation", files_of))
     return sources_of(options, files_of, hold_out)
@@ -90,8 +93,6 @@ def texts(options: Any, sources: Sources, *, hold_out: bool, streamed: bool = Fa
     fraction = LIBRARY_FRACTION if options.data is None else VALIDATION_FRACTION
     if hold_out and options.validation_fraction is not None:
         fraction = options.validation_fraction
-        if not 0 < fraction < 1:
-            raise BadInput(f"--validation-fraction is {fraction} and must lie between 0 and 1")
     if options.data is None:
         whole, held_out = _library(fraction)
     else:

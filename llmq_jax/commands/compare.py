@@ -130,6 +130,7 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
     """The runs by name. Those that are damaged, or have not yet measured what is asked for, and folders that are no
     run's, are told of and left out. BadInput where none is left, and for a folder that is not there."""
     from llmq_jax.training.plots import positions, read_records, require_metric
+    from llmq_jax.training.run_folder import CONFIG, FINISHED
 
     runs: dict[str, Run] = {}
     faults: list[BadInput] = []
@@ -151,6 +152,9 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
         raise faults[0]
     for left_out in faults:
         print(f"left out: {left_out}", file=sys.stderr)
+    for name, run in runs.items():
+        if (run.folder / CONFIG).is_file() and not (run.folder / FINISHED).is_file():
+            print(f"not finished (stopped, or still training): {name}, at step {run.row[0]:,}", file=sys.stderr)
     return runs
 
 

@@ -300,12 +300,8 @@ def _table_rows(
     rows = _csv_rows(path) if kind == ".csv" else _tsv_rows(path)
     if columns is None:
         _, _, names = next(rows, (1, 1, []))
-        separator, others = ("commas", ";\t") if kind == ".csv" else ("tabs", ";")
-        if len(names) == 1 and names[0] not in texts and any(other in names[0] for other in others):
-            raise BadInput(
-                f"{path}: the columns of the header {_shown_names(names)!r} are not separated by {separator}: save the "
-                f"table with {separator}, or as JSON lines"
-            )
+        if len(names) == 1 and names[0] not in texts:
+            _refuse_separated(f"{path}: the columns of the header", names[0], kind)
         names = [name.strip() for name in names]
         whose = f"the header {len(names)}"
     else:
@@ -324,6 +320,8 @@ def _table_rows(
             raise BadInput(f"{no_field(f'{path}: the header', name, names, option)} {advice}")
     for start, end, values in rows:
         if len(values) != len(names):
+            if len(values) == 1:
+                _refuse_separated(f"{path}: the columns of line {start}", values[0], kind)
             hint = "quote text that holds the delimiter" if kind == ".csv" else "a text may not hold a tab"
             number = counted(len(values), "field")
             raise BadInput(f"{path}: the row that ends at line {end} has {number} and {whose}: {hint}")
@@ -340,6 +338,16 @@ def _without_header(
         yield row
 
 
+def _refuse_separated(where: str, line: str, kind: str) -> None:
+    """BadInput for a line that holds a separator of other tables."""
+    separator, others = ("commas", ";\t") if kind == ".csv" else ("tabs", ";")
+    if any(other in line for other in others):
+        raise BadInput(
+            f"{where} {_shown_names([line])!r} are not separated by {separator}: save the table with {separator}, or "
+            "as JSON lines"
+        ) from None
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, values) of every row that is not blank."""
     csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB
@@ -353,10 +361,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
     except csv.Error as error:
         _, first = next(iter(_lines(path)))
         if end == 0 and any(f'"{other}"' in first for other in ";\t"):
-            raise BadInput(
-                f"{path}: the columns of the first line {_shown_names([first.strip()])!r} are not separated by commas: "
-                "save the table with commas, or as JSON lines"
-            ) from None
+            _refuse_separated(f"{path}: the columns of the first line", first.strip(), ".csv")
         raise BadInput(f"{path}: broken CSV at line {rows.line_num} ({error})") from None
 
 

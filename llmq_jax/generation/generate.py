@@ -14,7 +14,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.request import Generation, Ids, Request, RowText, drafts_of
-from llmq_jax.generation.sampling import Sampler
+from llmq_jax.generation.sampling import Sampler, takes_sampler
 from llmq_jax.host_copies import to_host
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ STRETCH = 16
 """Stop strings are searched for each time that this many tokens have been decoded."""
 
 
+@takes_sampler
 def generate(
     lm: LanguageModel,
     prompts: Any,
@@ -83,6 +84,7 @@ def generate(
     return request.finish(request.stop_at_strings(state, texts), texts)
 
 
+@takes_sampler
 def stream(
     lm: LanguageModel,
     prompt: str | Ids,

@@ -181,6 +181,11 @@ class Request:
         if draft is not None:  # a draft reads the prompt of every row
             rows, samples = [row for row in rows for _ in range(samples)], 1
         for i, row in enumerate(rows):
+            if len(row) >= context:
+                raise BadInput(
+                    f"prompt {i} has {counted(len(row), 'token')}, which leave no room in the model's context of "
+                    f"{context}; shorten it"
+                )
             if len(row) + max_new_tokens > context:
                 raise BadInput(
                     f"prompt {i} has {counted(len(row), 'token')}, which with {max_new_tokens} new ones exceed the "

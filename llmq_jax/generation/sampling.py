@@ -1,7 +1,11 @@
 """From logits to a token: penalty on repetition, then temperature, top-k, top-p and min-p, in transformers' order."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,9 @@ from llmq_jax.defaults import TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.axes import target_platform
+from llmq_jax.option_names import meant_by
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 NEVER = float("-inf")
 LEAST_TEMPERATURE = 1e-30
@@ -31,7 +38,8 @@ class Sampler:
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest most probable tokens whose probabilities reach p (nucleus, arXiv:1904.09751); 1 keeps all."""
+    """Keep the fewest most probable tokens whose probabilities reach p (nucleus, arXiv:1904.09751); 1 keeps all, 0 the
+    most probable one."""
     min_p: float = 0.0
     """Keep tokens at least min_p times as probable as the most probable one (arXiv:2407.01082); 0 keeps all."""
     repetition_penalty: float = 1.0
@@ -44,7 +52,7 @@ class Sampler:
             ("temperature", 0.0 <= self.temperature < float("inf"), "must be 0 (greedy) or positive"),
             ("temperature", not 0.0 < self.temperature < LEAST_TEMPERATURE, f"is below {LEAST_TEMPERATURE}; take 0"),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or positive"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
+            ("top_p", 0.0 <= self.top_p <= 1.0, "must be between 0 and 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be between 0 and 1"),
             ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "must be positive; 1 changes nothing"),
         ):
@@ -82,6 +90,24 @@ class Sampler:
 
 DEFAULT = Sampler(temperature=TEMPERATURE, top_p=TOP_P)
 """How text is drawn where no sampler is given."""
+
+
+def takes_sampler(function: F) -> F:
+    """The function, with BadInput for an argument that it does not have: for a field of `Sampler`, which other
+    libraries take there, the sampler to give."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **given: Any) -> Any:
+        unknown = [name for name in given if name not in known]
+        if drawing := ", ".join(f"{name}={given[name]!r}" for name in unknown if hasattr(DEFAULT, name)):
+            raise BadInput(f"{drawing} belongs to the sampler; give sampler=lq.Sampler({drawing})")
+        for name in unknown:
+            hint = meant_by(name, known, lambda field, value="": field)
+            raise BadInput(f"there is no argument {name!r}; {hint or 'choose from ' + ', '.join(known)}")
+        return function(*args, **given)
+
+    return cast(F, checked)
 
 
 as_floats = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)

@@ -120,6 +120,8 @@ def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") ->
 def config_from_hf(values: Mapping[str, Any]) -> Any:
     """The config of a `config.json`, which `values` are. BadInput: an architecture that is not supported, a field that
     changes the computation and is not, or a value of the wrong type."""
+    if not isinstance(values, Mapping):
+        raise BadInput(f"{values!r:.60} is no dict; give what json.load reads from a config.json")
     if "model_type" not in values:
         raise BadInput(f"no model_type is given; supported: {SUPPORTED}")
     if not isinstance(values["model_type"], str):

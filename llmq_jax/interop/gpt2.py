@@ -147,8 +147,8 @@ LAYOUTS["nanogpt"] = replace(
 )
 
 _SHARED = """
-    activation_function attn_pdrop embd_pdrop initializer_range layer_norm_epsilon resid_pdrop tie_word_embeddings
-    vocab_size
+    activation_function attn_pdrop embd_pdrop initializer_range layer_norm_epsilon resid_pdrop
+    scale_attn_by_inverse_layer_idx tie_word_embeddings vocab_size
 """
 CONFIG = ConfigTable(
     config_class=GPT2Config,
@@ -164,7 +164,6 @@ CONFIG = ConfigTable(
     },
     fixed={
         "add_cross_attention": False,
-        "scale_attn_by_inverse_layer_idx": False,
         "scale_attn_weights": True,
     },
     ignored=frozenset(

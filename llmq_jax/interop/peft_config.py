@@ -31,7 +31,6 @@ FIELDS = {
 }
 # Fields of adapter_config.json with the only value that is supported: others make an adapter compute something else.
 PLAIN = {
-    "bias": "none",
     "lora_bias": False,
     "layer_replication": None,
     "trainable_token_indices": None,

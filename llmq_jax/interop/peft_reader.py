@@ -60,6 +60,9 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
     values = read_config(folder)
     require_supported(folder, values)
     tensors = AdapterTensors(folder, values, config)
+    trains = values.get("bias", "none")  # of a model without biases PEFT saves the same, whatever it says
+    if trains != "none" and (biases := [name for name in tensors.in_file.values() if name.endswith(".bias")]):
+        raise BadInput(f"{tensors.file}: holds {biases[0]}, and bias={trains!r} is not supported: merge it in PEFT")
     config, variables, replaced = with_embedding_and_head(tensors, config, variables)
     reader = _Reader(tensors, config)
     found = reader.tiny() if values["peft_type"] == "TINYLORA" else reader.low_rank()

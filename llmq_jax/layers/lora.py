@@ -94,7 +94,7 @@ class LoRA:
         require(not self.tied or tiny, "tied", "has no effect but on tinylora")
         for name, example in (("targets", ("query", "value")), ("whole", ("token_embedding", "lm_head"))):
             given = getattr(self, name)
-            named = isinstance(given, Sequence) and all(isinstance(each, str) for each in given)
+            named = isinstance(given, Sequence) and all(isinstance(each, str) and "," not in each for each in given)
             require(named, name, f"must be a name, or several: {example}")
         require(len(self.targets) > 0, "targets", "names no matrix")
         listed = self.layers is None or isinstance(self.layers, Sequence)

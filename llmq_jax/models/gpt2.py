@@ -10,7 +10,8 @@ Notable features:
 - initialisation: normal(0.02), residual projections scaled by 1/sqrt(2 · layers), position embeddings normal(0.01)
 
 Reference: openai/gpt-2 `src/model.py` and transformers' `GPT2LMHeadModel`. Deviations: none by default;
-`activation_function="gelu"` computes the exact GELU, `norm="dyt"` puts Dynamic Tanh in place of the norms.
+`activation_function="gelu"` computes the exact GELU, `norm="dyt"` puts Dynamic Tanh in place of the norms,
+`scale_attn_by_inverse_layer_idx` divides scores by the layer's number, each layer then being compiled by itself.
 """
 
 import math
@@ -58,6 +59,8 @@ class GPT2Config:
     resid_pdrop: float = 0.1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Whether layer l, counted from 1, divides its scores by l too (Mistral's GPT-2, stanford-crfm)."""
     norm: str = "layer_norm"
     """"layer_norm", "rms_norm", "zero_centred_rms_norm" or "dyt" (Dynamic Tanh)."""
     experts: Experts | dict[str, Any] | None = None
@@ -117,7 +120,10 @@ class GPT2(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return layers_in_groups(partial(GPT2Block, c, self.dtype), c.num_hidden_layers, self.experts)
+        layers = range(1, c.num_hidden_layers + 1)
+        divisors = [layer if c.scale_attn_by_inverse_layer_idx else None for layer in layers]
+        block = partial(GPT2Block, c, self.dtype)
+        return layers_in_groups(block, c.num_hidden_layers, self.experts, scores_divided_by=divisors)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.scale_embedded(self.token_embedding(tokens) + self.position_embedding(positions))
@@ -131,6 +137,7 @@ class GPT2Block(nn.Module):
     config: GPT2Config
     dtype: Dtype | None = None
     experts: Experts | None = None
+    scores_divided_by: int = 1
 
     @nn.compact
     def __call__(
@@ -148,7 +155,7 @@ class GPT2Block(nn.Module):
     @nn.nowrap
     def attention_layer(self) -> nn.Module:
         """Called as `(x, context, cache) -> (what is added to the residual stream, cache)`."""
-        return GPT2Attention(self.config, self.dtype, name="attention")
+        return GPT2Attention(self.config, self.dtype, self.scores_divided_by, name="attention")
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
@@ -177,6 +184,7 @@ class GPT2Attention(nn.Module):
 
     config: GPT2Config
     dtype: Dtype | None = None
+    scores_divided_by: int = 1
 
     @nn.compact
     def __call__(
@@ -192,7 +200,7 @@ class GPT2Attention(nn.Module):
             value,
             context,
             cache,
-            scale=c.head_dim**-0.5,
+            scale=c.head_dim**-0.5 / self.scores_divided_by,
             dropout_rate=c.attn_pdrop,
             dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
         )

@@ -39,7 +39,7 @@ def token_logprobs(
     """log p(token t+1 | tokens up to t) in nats, for t = 0 ... T-2, times the mask of token t+1 (None: all count).
 
     Rows are padded on the right to `lengths`. `temperature` divides the logits, as when the tokens were sampled.
-    Gradients flow to `variables`. No [B, T, V] is ever held. BadInput: a mask of another shape than the tokens.
+    Gradients flow to `variables`. No [B, T, V] is ever held. BadInput: tokens or a mask of another shape.
     """
     return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature)[0]
 
@@ -68,6 +68,8 @@ def logprobs_and_counts(
 ) -> tuple[Float[Array, "B T-1"], dict[str, Any]]:
     """`token_logprobs`, and the counts of the pass, from which balance losses of experts are computed."""
     tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2:
+        raise BadInput(f"tokens have the shape {list(tokens.shape)} and must be [B, T]; write [tokens] for one row")
     if mask is not None and jnp.shape(mask) != tokens.shape:
         raise BadInput(
             f"mask has the shape {list(jnp.shape(mask))} and tokens {list(tokens.shape)}; give it an entry for each "

@@ -50,6 +50,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: dict[str, Any], may_change: Collection[str] = ()):
         self.path = Path(path)
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path.absolute())):  # bytes that are no text
+            raise BadInput(f"{self.path}: checkpoints need a path in UTF-8; set LC_ALL=C.UTF-8, or take ASCII letters")
         self.config = {MARK: FORMAT, **json.loads(json_bytes(config))}
         self._lock: int | None = None
         self.resumed = False

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import check_fields
 from llmq_jax.training.profile import profiled_steps
 
 TIMES_A_RUN = 10
@@ -66,6 +67,7 @@ class RunOptions:
     weights, moments, and the step, from which data and learning rates go on."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, least in LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from llmq_jax.errors import BadInput
-from llmq_jax.field_types import is_consumed, refuse_consumed
+from llmq_jax.errors import BadInput, warn
+from llmq_jax.field_types import is_consumed, refuse_consumed, require_variables
+from llmq_jax.layers.lora import LORA, trained_whole
+from llmq_jax.models import parameter_count
 from llmq_jax.models.decoder import PARAMS
 from llmq_jax.training.sharding import place
 
@@ -32,6 +34,11 @@ class TrainState(struct.PyTreeNode):
     hold each entry by itself, which is written where it has changed since the checkpoint before."""
     trainable: tuple[str, ...] = struct.field(pytree_node=False, default=("params",))
     """The collections that gradients and the optimizer see."""
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {parameter_count(tree):,}" for name, tree in self.variables.items())
+        step = "consumed by a step" if is_consumed(self.step) else f"step={self.step}"
+        return f"TrainState({step}; values: {sizes}; training: {', '.join(self.trainable)})"
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -85,10 +92,20 @@ def create_state(
 
     `variables` are those of `init` or of a LanguageModel. Arrays in float32 are not copied, and the first step consumes
     them (they are donated): that LanguageModel cannot be used afterwards. `optimizer` makes its state for the
-    collections `trainable`; `seed` is that of dropout. BadInput for variables that a step has consumed already.
+    collections `trainable`; `seed` is that of dropout. BadInput for variables that a step has consumed already, or that
+    lack one of these collections.
     """
+    require_variables(variables)
     refuse_consumed(variables)
     names = (trainable,) if isinstance(trainable, str) else trainable
+    for name in names:
+        if name not in variables:
+            raise BadInput(f"trainable={name!r} is none of these variables' collections: {', '.join(variables)}")
+    if LORA in names and PARAMS not in names and (left := trained_whole(variables)):
+        warn(
+            f"{', '.join(sorted(left))}: trains whole beside the adapters, but stays as it is with trainable={names!r};"
+            " take what training.parts.train_adapters returns"
+        )
     learns = (*names, ROUTER) if routers_learn(variables, names) else names
     trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in learns}
     variables = place({**variables, **trained})

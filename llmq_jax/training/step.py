@@ -88,7 +88,9 @@ def make_train_step(
     if whole(accumulate, "accumulate") < 1:
         raise BadInput(f"accumulate={accumulate} must be at least 1")
     if mode not in MODES:
-        raise BadInput(f"mode={mode!r} is unknown; {did_you_mean(str(mode), MODES)}")
+        raise BadInput(f"mode={mode!r} is unknown; {did_you_mean(mode, MODES)}")
+    if not hasattr(getattr(objective, "model", None), "experts"):
+        raise BadInput(f"{objective!r:.60} is no objective of a model; give one, as lq.objectives.NextToken(lm.model)")
     pmap = mode == "pmap"
     experts = objective.model.experts
     neighbours = getattr(objective, "group_size", 1)  # consecutive rows that the objective needs together

@@ -265,7 +265,7 @@ BAD = {
     "no tokenizer": (["MUTE"], "holds no tokenizer"),
     "idle seed": (["MODEL", "--temperature", "0", "--seed", "0"], "--seed has no effect at temperature 0"),
     "seed": (["MODEL", "--seed", "-1"], "--seed -1 must lie between 0 and 4294967295"),
-    "top-p": (["MODEL", "--top-p", "2"], "--top-p is 2.0 and must be above 0 and at most 1"),
+    "top-p": (["MODEL", "--top-p", "2"], "--top-p is 2.0 and must be between 0 and 1"),
     "no new token": (["MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0 and must be at least 1"),
     "no room": (["MODEL", "--max-new-tokens", "96"], "with a reply of 96 exceed the model's context of 96"),
     "long system text": (["MODEL", "--system", "x" * 50], "the system text and the message take 56 tokens"),

@@ -15,6 +15,7 @@ def run(tmp_path):
             {"step": 10 * step, "tokens": 320 * step, figure: loss} for step, loss in enumerate(validation, start=1)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "finished.json").write_text("{}")
         return folder
 
     return make
@@ -335,9 +336,10 @@ def test_the_mean_over_seeds_of_which_one_diverged_or_was_not_evaluated(llmq, se
     good, bad, bare = (seeds(f"a-seed{number}", 1e-3, number, 3.0) for number in range(3))
     with (bad / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "tokens": 640, "loss": null}\n')
+    (bad / "finished.json").unlink()
     (bare / "metrics.jsonl").write_text('{"step": 10, "tokens": 320, "loss": 2.5, "tokens_per_second": 1000}\n')
     code, out, err = llmq("compare", good, bad, "--mean-over", "seed")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "not finished (stopped, or still training): a-seed1, at step 20\n")
     assert row_of(out) == ["a (2 runs)", "10–20", "nan", "loss", "3.0000 ± 0", "3.0000 ± 0", "10", "1,000"]
     assert row_of(llmq("compare", bad)[1])[2] == "nan"
     assert row_of(llmq("compare", good, bad, "--mean-over", "seed", "--metric", "loss")[1], 2)[2] == "nan"

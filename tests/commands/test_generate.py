@@ -174,7 +174,7 @@ BAD = {
         ["MODEL", "--prompt", "x", "--max-new-tokens", "0"],
         "--max-new-tokens is 0 and must be at least 1",
     ),
-    "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "--top-p is 2.0 and must be above 0 and at most 1"),
+    "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "--top-p is 2.0 and must be between 0 and 1"),
     "idle draft": (["MODEL", "--prompt", "x", "--draft-tokens", "3"], "--draft-tokens has no effect without a draft"),
     "no modules": (["MODEL", "--prompt", "x", "--draft", "mtp"], "this gpt2 has no modules of multi-token prediction"),
     "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at --temperature 0"),

@@ -107,7 +107,7 @@ def test_what_peft_cannot_load_is_not_told_to_be_loaded_with_it(tmp_path, capsys
     for targets, loads in (("attention", True), ("all-linear", False)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lq.save_adapter(lq.lora(lm, rank=1, targets=targets), tmp_path / targets, base=str(base))
+            lq.save_adapter(lq.lora(lm, rank=1, targets=targets), tmp_path / targets, base=base)
             assert ended("convert.to_hf", tmp_path / targets, tmp_path / f"out {targets}", "--adapter") == 0
         assert ("next: peft." in capsys.readouterr().out) == loads
         written = json.loads((tmp_path / targets / "adapter_config.json").read_text())

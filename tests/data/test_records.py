@@ -64,6 +64,9 @@ def test_columns_of_a_file_without_header(tmp_path, name, separator):
     assert records[0].where == f"{path}: line 1"
     with pytest.raises(BadInput, match=r"line 1 has 2 fields and 3 columns were named"):
         read_records(path, columns=["a", "b", "c"])
+    path = write(tmp_path / name, "ham;x\n")
+    with pytest.raises(BadInput, match=r"the columns of line 1 'ham;x' are not separated by (commas|tabs): save the"):
+        read_records(path, columns=["label", "text"])
 
 
 @pytest.mark.parametrize("header", ["label,text", "text,label", "Label, text "])

@@ -34,7 +34,7 @@ LOGITS = np.log([0.5, 0.25, 0.15, 0.1]).tolist()
         ({"top_k": 9}, [True] * 4),
         ({"top_p": 0.74}, [True, True, False, False]),
         ({"top_p": 0.76}, [True, True, True, False]),
-        ({"top_p": 1e-6}, [True, False, False, False]),
+        ({"top_p": 0.0}, [True, False, False, False]),
         ({"min_p": 0.4}, [True, True, False, False]),
         ({"min_p": 1.0}, [True, False, False, False]),
         # After top-k the two that stay hold 2/3 and 1/3: now 0.66 is reached by the first alone.
@@ -154,7 +154,7 @@ def test_a_temperature_near_0_is_as_good_as_greedy():
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ({"temperature": 1e-38}, "temperature=1e-38 is below 1e-30; take 0"),
         ({"top_k": -1}, "top_k=-1 must be 0"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"top_p": -0.1}, "top_p=-0.1 must be between 0 and 1"),
         ({"min_p": 2.0}, "min_p=2.0 must be between"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive; 1 changes nothing"),
         ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be positive"),

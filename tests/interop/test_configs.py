@@ -82,7 +82,6 @@ def test_our_names_are_read_too():
     [
         ("scale_attn_weights", False),
         ("scale_attn_weights", None),  # null is false
-        ("scale_attn_by_inverse_layer_idx", True),
         ("add_cross_attention", True),
         ("is_causal", False),  # as in models that embed texts
         ("is_encoder_decoder", True),

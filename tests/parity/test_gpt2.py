@@ -34,8 +34,12 @@ class TestGPT2(SameAsTransformers):
     pass
 
 
-def test_a_head_that_is_the_embedding():
-    pair = make_pair("gpt2", TIED | NO_DROPOUT)
+@pytest.mark.parametrize(
+    "fields", [{}, {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3}]
+)
+def test_a_head_that_is_the_embedding(fields):
+    """The second with the scores of stanford-crfm's models."""
+    pair = make_pair("gpt2", TIED | NO_DROPOUT | fields)
     assert_same_logits(pair)
     assert_same_loss_and_gradients(pair)
 
@@ -55,5 +59,6 @@ def test_exported_config_is_understood_by_transformers():
         resid_pdrop=0.4,
         initializer_range=0.5,
         tie_word_embeddings=False,
+        scale_attn_by_inverse_layer_idx=True,
     )
     assert config_from_hf(config_of_transformers(ours).to_dict()) == ours

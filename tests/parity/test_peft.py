@@ -477,7 +477,7 @@ def test_what_peft_computes_by_is_read_or_refused():
     """The others change nothing in an adapter that is trained, or as `init_lora_weights` says."""
     harmless = {"corda_config", "loftq_config", "lora_ga_config", "eva_config", "init_lora_weights", "auto_mapping"}
     harmless |= {"ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern"}
-    harmless |= {"layers_to_transform", "megatron_config", "megatron_core", "peft_version", "qalora_group_size"}
+    harmless |= {"bias", "layers_to_transform", "megatron_config", "megatron_core", "peft_version", "qalora_group_size"}
     harmless |= {"runtime_config", "target_modules", "task_type"}
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= {*FIELDS_READ, *PLAIN, *harmless}
 
@@ -493,7 +493,11 @@ AT_EMBEDDING = {
     ("config", "tensors", "message"),
     [
         ({"peft_type": "VERA"}, None, "peft_type='VERA' is not supported; LORA and TINYLORA are"),
-        ({"bias": "all"}, None, "bias='all' is not supported, only 'none': merge it in PEFT"),
+        (
+            {"bias": "all"},
+            lambda state: state | {NAME.replace("lora_A.weight", "bias"): np.zeros(32)},
+            "layers.0.self_attn.q_proj.bias, and bias='all' is not supported: merge it in PEFT",
+        ),
         ({"lora_bias": True}, None, "only False: merge it in PEFT, which can where its matrices have biases of their"),
         ({"alora_invocation_tokens": [1]}, None, "alora_invocation_tokens=[1] is not supported, only None"),
         ({"layer_replication": [[0, 2]]}, None, "layer_replication=[[0, 2]] is not supported, only None"),
@@ -571,6 +575,13 @@ AT_EMBEDDING = {
 def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, config, tensors, message):
     lm, folder = llama
     assert message in refused(lq.load_adapter, lm, changed(folder, tmp_path / "changed", config, tensors))
+
+
+@pytest.mark.parametrize("trains", ["all", "lora_only"])
+def test_biases_that_the_base_has_not_are_none_to_train(llama, tmp_path, trains):
+    lm, folder = llama
+    found = lq.load_adapter(lm, changed(folder, tmp_path / "changed", {"bias": trains}))
+    jax.tree.map(np.testing.assert_array_equal, found.variables, lq.load_adapter(lm, folder).variables)
 
 
 @pytest.mark.parametrize(

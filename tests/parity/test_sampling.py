@@ -19,7 +19,14 @@ from tests.parity.decoders import make_pair
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(0.7, 20, 0.9, 0.05), (1.3, 0, 0.8, 0.0), (1.0, 5, 1.0, 0.2), (2.0, 50, 0.95, 0.1), (0.5, 0, 1.0, 0.3)],
+    [
+        (0.7, 20, 0.9, 0.05),
+        (1.3, 0, 0.8, 0.0),
+        (1.0, 5, 1.0, 0.2),
+        (2.0, 50, 0.95, 0.1),
+        (0.5, 0, 1.0, 0.3),
+        (0.8, 0, 0.0, 0.0),
+    ],
 )
 def test_filters_equal_transformers(temperature, top_k, top_p, min_p):
     logits = (3 * np.random.default_rng(0).normal(size=(16, 101))).astype(np.float32)

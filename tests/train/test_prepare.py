@@ -200,6 +200,8 @@ BAD = {
     "blank": (["--data", "blank.txt", "--out", "new"], "blank.txt holds no text"),
     "nothing but what is held out": (["--data", "half.jsonl", "--out", "new"], "half.jsonl holds no text to learn"),
 }
+READ = ("no data", "no field", "broken in the middle", "blank", "nothing but what is held out")
+"""What only reading tells."""
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -211,8 +213,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(prepare, case):
     prepare("--data", "one.txt", "--tokenizer", "bytes", "--out", "made")
     before = sorted(Path().rglob("*"))
     options, message = BAD[case]
-    code, _, err = prepare(*options, "--tokenizer", "bytes")
+    code, out, err = prepare(*options, "--tokenizer", "bytes")
     assert code == 2 and err.count("\n") == 1 and message in err, err
+    assert out == "" or case in READ
     assert sorted(Path().rglob("*")) == before
 
 

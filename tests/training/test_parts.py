@@ -1,5 +1,7 @@
 """Training a part of a model: the same gradients as of the whole there, nothing elsewhere, and one model in the end."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +173,28 @@ def test_layers_below_adapters_have_no_gradients_but_on_the_way_to_an_embedding(
     model = build(CASES[name][0])
     adapted = add_adapters(draw_variables(model.config), model.layer_paths(), LoRA(rank=2, layers=(3,)))
     assert train_adapters(model, adapted, heads)[0].frozen_layers == frozen
+
+
+def test_a_state_is_shown_without_its_arrays():
+    state = create_state(
+        {"params": {"a": np.ones((2, 3))}, "lora": {"b": np.ones(4)}}, optax.sgd(0.1), trainable="lora"
+    )
+    assert repr(state) == "TrainState(step=0; values: params 6, lora 4; training: lora)"
+    state.step.delete()
+    assert repr(state) == "TrainState(consumed by a step; values: params 6, lora 4; training: lora)"
+
+
+def test_a_matrix_that_is_to_train_whole_is_not_left_in_silence():
+    model = build(CASES["llama"][0])
+    spec = LoRA(rank=1, targets="query", whole="token_embedding")
+    adapted = add_adapters(draw_variables(model.config), model.layer_paths(), spec)
+    with pytest.warns(
+        UserWarning, match=r"^token_embedding: trains whole beside the adapters, but stays as it is with"
+    ):
+        create_state(adapted, optax.sgd(0.1), trainable="lora")
+    _, variables, trainable = train_adapters(model, adapted)
+    with warnings.catch_warnings(action="error"):
+        create_state(variables, optax.sgd(0.1), trainable=trainable)
 
 
 @pytest.mark.exhaustive

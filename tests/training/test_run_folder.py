@@ -144,6 +144,13 @@ def test_foreign_folder_is_refused_and_not_touched(files, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    """As a locale of ASCII gives that of an umlaut."""
+    with pytest.raises(BadInput, match=r"checkpoints need a path in UTF-8; set LC_ALL=C\.UTF-8, or take ASCII letters"):
+        RunFolder(tmp_path / "r\udcc3\udcbcn", CONFIG)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_run_whose_config_is_damaged_is_called_one(tmp_path):
     begun(tmp_path / "run", CONFIG)
     (tmp_path / "run" / "metrics.jsonl").write_text("")
