@@ -130,7 +130,8 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
     """The runs by name. Those that are damaged, or have not yet measured what is asked for, and folders that are no
     run's, are told of and left out. BadInput where none is left, and for a folder that is not there."""
     from llmq_jax.training.plots import positions, read_records, require_metric
-    from llmq_jax.training.run_folder import CONFIG, FINISHED
+    from llmq_jax.training.run_config import CONFIG
+    from llmq_jax.training.run_folder import FINISHED
 
     runs: dict[str, Run] = {}
     faults: list[BadInput] = []
