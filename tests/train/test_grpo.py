@@ -531,7 +531,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"accumulate": 3}, "--accumulate is 3 and must divide the 8 rows of a step"),
         ({"accumulate": 0}, "--accumulate is 0 and must be at least 1"),
         ({"temperature": 0}, "--temperature is 0.0 and must be positive"),
-        ({"top_p": 0}, "--top-p is 0.0 and must be above 0 and at most 1"),
+        ({"top_p": 2}, "--top-p is 2.0 and must be between 0 and 1"),
         ({"min_p": 2}, "--min-p is 2.0 and must be between 0 and 1"),
         ({"repetition_penalty": 0}, "--repetition-penalty is 0.0 and must be positive; 1 changes nothing"),
         ({"beta": -1}, "--beta is -1.0 and must be at least 0, and finite"),
