@@ -433,10 +433,16 @@ def test_noise_acts_in_training_alone_and_its_size_is_learned():
     noisy, _ = apply(layer, variables, x, key=jax.random.key(1))
     assert np.abs(np.asarray(noisy) - still).max() > 1e-2
     assert np.abs(grad(variables["params"], jax.random.key(1))["noise"]["kernel"]).max() > 0
-    # A size is softplus(x W), which is 0 where that is far below 0.
+    # A size is softplus(x W), which is 0 where that is far below 0, and far above it x W itself.
     quiet = {"params": {**variables["params"], "noise": {"kernel": jnp.full((6, 8), -99.0)}}}
     found, expected = (apply(layer, quiet, jnp.abs(x), key=key)[0] for key in (jax.random.key(1), None))
     np.testing.assert_allclose(found, expected, **CLOSE)
+    variables["params"]["router"]["kernel"] = jnp.zeros((6, 8))
+    spreads = []
+    for width in (6.0, 12.0):
+        loud = {"params": {**variables["params"], "noise": {"kernel": jnp.full((6, 8), width)}}}
+        spreads.append(float(apply(layer, loud, jnp.ones_like(x), key=jax.random.key(1))[1].squared_logsumexp))
+    np.testing.assert_allclose(spreads[1], 4 * spreads[0], rtol=2e-2)
 
 
 def test_shared_experts_see_every_token_at_a_learned_weight():

@@ -13,6 +13,7 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
+from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.signals import StoppedBySignal
@@ -89,6 +90,15 @@ def test_device_is_never_waited_for_before_the_next_step_is_handed_over(monkeypa
     at_once = [event for both in zip(steps, reads, strict=True) for event in both]
     later = [steps[0], *(event for both in zip(steps[1:], reads, strict=False) for event in both), reads[3]]
     assert order == (later if under_way else at_once)
+
+
+def test_a_record_tells_the_speed_since_the_one_before(tmp_path, monkeypatch):
+    speeds = [None, 40.0, 70.0]
+    given = iter(speeds)
+    monkeypatch.setattr(engine.Pace, "since_mark", lambda self: next(given))
+    quiet(tmp_path / "run", options=RunOptions(steps=3, log_every=1))
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [record["tokens_per_second"] for record in records if "loss" in record] == speeds
 
 
 class ShorterBatches(Batches):
