@@ -438,7 +438,7 @@ def test_answers_of_weight_0_are_read_and_not_learned(instruct):
         assert (code, err) == (0, "") and shown in out
         assert f"\n{3 * count:,} of " in out and f": {count} of " in out
     code, out, err = instruct(*given)
-    assert (code, err) == (0, "") and "\na\n-> " in out
+    assert (code, err) == (0, "") and "\n  a\n  -> " in out
     assert "run is finished already" in instruct(*given)[1]
     marked()
     code, _, err = instruct(*given)
@@ -476,7 +476,7 @@ def test_what_is_too_long_is_told(instruct, tmp_path):
     assert "4 conversations to learn, 1 held out (template: plain)" in out
     told = "longer than the context of 16 tokens: 1 truncated, 1 left out; choose a longer --context for all of them"
     assert f"\nto learn, {told}\n" in out and "held out, longer" not in out
-    assert "step 0: validation loss" in out and "\npp\n-> " in out
+    assert "step 0: validation loss" in out and "\n  pp\n  -> " in out
     _, out, _ = instruct(*given, "--too-long", "drop", "--out", "other", "--sample-every", 0)
     assert "0 truncated, 2 left out" in out
     code, _, err = instruct(*given, "--too-long", "error", "--out", "third")
@@ -587,7 +587,7 @@ def test_process_0_says_for_all_whether_a_run_is_new(instruct, at_first_step, mo
 
     monkeypatch.setattr(processes, "of_first", lambda action: False)  # process 0 has a run there
     _, out, err = instruct(*GIVEN, "--sample-prompt", "a")
-    assert err == at_first_step and "\n-> " not in out
+    assert err == at_first_step and "\n  -> " not in out
 
 
 def test_the_split_follows_its_seed_alone(instruct, at_first_step):
