@@ -1,5 +1,6 @@
 """Everything a run needs to go on: one pytree, saved and restored whole."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -36,6 +37,11 @@ class TrainState(struct.PyTreeNode):
     """The collections that gradients and the optimizer see."""
 
     def __repr__(self) -> str:
+        """The sizes of arrays in their place; what stands for them in a tree of shardings, or in a prefix, as it is."""
+        held = isinstance(self.variables, dict) and jax.tree.leaves(self.variables)
+        if not held or not all(hasattr(leaf, "size") for leaf in held):
+            fields = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
+            return f"TrainState({', '.join(fields)})"
         sizes = ", ".join(f"{name} {parameter_count(tree):,}" for name, tree in self.variables.items())
         step = "consumed by a step" if is_consumed(self.step) else f"step={self.step}"
         return f"TrainState({step}; values: {sizes}; training: {', '.join(self.trainable)})"

@@ -182,6 +182,10 @@ def test_a_state_is_shown_without_its_arrays():
     assert repr(state) == "TrainState(step=0; values: params 6, lora 4; training: lora)"
     state.step.delete()
     assert repr(state) == "TrainState(consumed by a step; values: params 6, lora 4; training: lora)"
+    # What stands for arrays is shown: a tree of other things, or a prefix.
+    shown = repr(jax.tree.map(lambda leaf: "here", state))
+    assert shown.startswith("TrainState(step='here', variables={'lora': {'b': 'here'}, 'params': {'a': 'here'}}, ")
+    assert repr(state.replace(step=0, variables=None)).startswith("TrainState(step=0, variables=None, ")
 
 
 def test_a_matrix_that_is_to_train_whole_is_not_left_in_silence():
