@@ -44,6 +44,12 @@ def test_figures_are_those_of_plain_windows(llmq, model_folder, tiny_model, text
     assert (result["tokens"], result["bytes"], result["context"]) == (count, len(tokens), context)
 
 
+def test_windows_are_not_of_any_length(llmq, model_folder, text_file, monkeypatch):
+    monkeypatch.setattr("llmq_jax.commands.evaluate.LONGEST", 9)
+    for given, context in (((), 9), (("--context", 12), 12)):
+        assert json.loads(llmq("evaluate", model_folder, text_file, "--json", *given)[1])["context"] == context
+
+
 def test_batch_size_does_not_change_the_result(llmq, model_folder, text_file):
     results = [
         json.loads(llmq("evaluate", model_folder, text_file, "--json", "--batch-size", size)[1])["loss"]
@@ -64,18 +70,23 @@ def test_documents_are_joined_by_end_of_text(llmq, model_folder, tiny_model, tmp
     assert result["bits_per_byte"] == pytest.approx(loss * 16 / 15 / math.log(2), rel=1e-5)
 
 
-def test_documents_that_begin_with_a_token_stand_alone(llmq, chat_folder, chat_model, tmp_path):
-    """As Llama 3's and Gemma's do: no such token is predicted, and none is text after another's end."""
+@pytest.mark.parametrize("begins", [257, 256])
+def test_documents_that_begin_with_a_token_stand_alone(llmq, chat_folder, chat_model, tmp_path, begins):
+    """As Llama 3's and Gemma's do: no such token is predicted, and none is text after another's end. One that also ends
+    texts stands between them, and is predicted."""
     shutil.copytree(chat_folder, tmp_path / "model")
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|system|> $A", special_tokens=[("<|system|>", 257)]
+        single=f"{tokenizer.id_to_token(begins)} $A", special_tokens=[(tokenizer.id_to_token(begins), begins)]
     )
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     path = tmp_path / "two.txt.jsonl"
     path.write_text('{"text": "first"}\n{"text": "second one"}\n')
     result = json.loads(llmq("evaluate", tmp_path / "model", path, "--json")[1])
-    parts = [reference_loss(chat_model, [257, *text, 256], 96) for text in (b"first", b"second one")]
+    texts = [[257, *b"first", 256], [257, *b"second one", 256]]
+    if begins == 256:
+        texts = [[256, *b"first", 256, *b"second one", 256]]
+    parts = [reference_loss(chat_model, text, 96) for text in texts]
     loss, count = (loss * n for loss, n in parts), sum(n for _, n in parts)
     assert result["loss"] == pytest.approx(sum(loss) / count, abs=1e-5)
     assert (result["tokens"], result["bytes"]) == (count, 15) == (17, 15)

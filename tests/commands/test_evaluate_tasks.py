@@ -57,6 +57,12 @@ def test_json_and_chat(llmq, chat_folder, task_folder):
     assert asked == "<|user|>what is warm?<|end|><|assistant|>"
 
 
+def test_a_context_is_what_the_harness_reads_at_a_time(llmq, model_folder, task_folder):
+    arguments = ["evaluate", model_folder, "--tasks", "local_texts", "--include-path", task_folder, "--limit", 1]
+    short, whole = (json.loads(llmq(*arguments, "--json", "--context", n)[1])["local_texts"] for n in (3, 32))
+    assert short["bits_per_byte,none"] != pytest.approx(whole["bits_per_byte,none"], rel=1e-6)
+
+
 def test_results_are_printed_where_they_cannot_be_written(llmq, tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device", str(path))

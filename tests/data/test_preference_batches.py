@@ -92,6 +92,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
         for name, array in one[step].items():
             np.testing.assert_array_equal(array, other[step][name])
     assert any((one[i]["lengths"] != batches(seed=6)[i]["lengths"]).any() for i in range(3))
+    for count in (2, 13, 20):
+        seen = {number for step in range(count) for number in check(one[step])}
+        assert one.rows_within(count) == sorted(seen)
 
 
 def test_processes_share_the_pairs_of_a_batch():

@@ -32,7 +32,7 @@ SPARSE = lq.MixtralConfig(
     **SIZES, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, num_local_experts=4, labels=LABELS,
     initializer_range=0.3,
 )  # fmt: skip
-WEIGHTS = (0.5, 3.0, 1.25)
+WEIGHTS = (0.5, 3.0, 0.0)
 
 
 def a_batch(rows=8, seed=0):
@@ -113,6 +113,10 @@ def test_balance_losses_are_added_in_training():
     doubled = {name: 2 * weight for name, weight in weights.items()}
     _, of_half, _ = training(variables, batch, doubled, jax.random.key(0))
     assert float(of_half["load_balance_loss"]) == pytest.approx(float(metrics["load_balance_loss"]) / 2)
+    # Whatever the classes weigh, a batch is a whole one.
+    weighed = Classification(model, WEIGHTS)
+    _, of_weighed, _ = jax.jit(weighed.loss)(variables, batch, weighed.weights(batch), jax.random.key(0))
+    assert float(of_weighed["load_balance_loss"]) == pytest.approx(float(metrics["load_balance_loss"]))
 
 
 def test_dropout_acts_in_training():

@@ -109,6 +109,9 @@ def test_what_is_added_to_the_loss_of_a_token_has_a_gradient(monkeypatch):
 def test_token_losses_are_minus_log_softmax():
     logits = jnp.array([[1000.0, 0.0, -1000.0], [0.0, 0.0, 0.0]])
     np.testing.assert_allclose(token_losses(logits, jnp.array([1, 2])), [1000.0, np.log(3.0)])
+    # Of a target that there is not: the logarithm of the sum alone, finite where the logit in its place is not.
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf]] * 2)
+    np.testing.assert_array_equal(token_losses(logits, jnp.array([-100, 3])), [0.0, 0.0])
 
 
 def test_targets_outside_the_vocabulary_do_no_harm_where_nothing_counts():

@@ -212,6 +212,7 @@ def test_parts_that_are_clipped():
     by_token = *arguments[:3], jnp.asarray([[-1, -1], [-1, 1], [-1, -1], [1, 1.0]]), mask
     _, metrics = compiled_loss(*by_token, loss_type="gspo", clip_low=0.4)
     assert float(metrics["clip_ratio/low_mean"]) == pytest.approx(1 / 6)
+    assert not any(compiled_loss(*arguments, clip_low=1.0)[1][f"clip_ratio/low_{kind}"] for kind in ("mean", "min"))
 
 
 def test_defaults_of_the_loss_types():
@@ -405,8 +406,10 @@ def test_evaluation_is_the_mean_over_all_answers(loss_type):
     whole = evaluate(step, variables, [batch])
     loss, metrics = run(objective, variables, batch)
     assert whole == pytest.approx({"loss": loss, **metrics}, abs=2e-5)
-    parts = [{name: x[rows] for name, x in batch.items()} for rows in (slice(0, 2), slice(2, 6))]
-    assert evaluate(step, variables, parts) == pytest.approx(whole, abs=2e-5)
+    by_token = batch | {"advantages": jnp.repeat(batch["advantages"][:, None], 5, axis=1)}
+    for each in (batch, by_token):  # with an advantage for each token it is tokens that gspo clips
+        parts = [{name: x[rows] for name, x in each.items()} for rows in (slice(0, 2), slice(2, 6))]
+        assert evaluate(step, variables, parts) == pytest.approx(evaluate(step, variables, [each]), abs=2e-5)
 
 
 def test_balance_losses_are_added_in_training():

@@ -93,11 +93,23 @@ def test_completions_have_their_part_of_the_row(lm):
     tokens, _, lengths = rows()
     prompts = np.asarray([4, 2, 9], np.int32)
 
+    counted = (np.arange(1, 20) >= prompts[:, None]) & (np.arange(1, 20) < lengths[:, None])
+
+    def found_of(variables, tokens, *lengths):
+        found = completion_logprobs(model, variables, tokens, *lengths, 16)
+        return found[1].sum(), found
+
+    def expected_of(variables, tokens):
+        expected = plain(model, variables, tokens)
+        return (expected[1] * counted).sum(), expected
+
     @jax.jit
     def both(variables, tokens, *lengths):
-        return completion_logprobs(model, variables, tokens, *lengths, 16), plain(model, variables, tokens)
+        gradient_of = partial(jax.grad, has_aux=True)
+        return gradient_of(found_of)(variables, tokens, *lengths), gradient_of(expected_of)(variables, tokens)
 
-    found, expected = jax.tree.map(np.asarray, both(variables, tokens, lengths, prompts))
+    (gradient, found), (wanted_gradient, expected) = jax.tree.map(np.asarray, both(variables, tokens, lengths, prompts))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), gradient, wanted_gradient)  # of entropies
     (values, entropies, counts), (wanted, wanted_entropies) = found, expected
     assert values.shape == entropies.shape == (3, 16)
     assert counts == {"group_0": {"block_0": {}}}

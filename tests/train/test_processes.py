@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training import joining
 from llmq_jax.training.joining import gpus_of_task, joined, port_of_step
 from tests.devices import with_devices
 from tests.forks import Forks
@@ -245,6 +247,14 @@ def test_a_port_that_cannot_be_listened_at_and_numbers_that_cannot_be_are_told_a
     ):
         with pytest.raises(BadInput, match=why):
             joined(address, processes, process).__enter__()
+
+
+def test_processes_that_have_joined_are_left_in_peace():
+    """By the end of patience; and Ctrl-C is Python's again."""
+    with joining._patience("nobody"):
+        (timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert timer.finished.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def of_slurm(**variables):
