@@ -333,9 +333,9 @@ def clip_metrics(
     number = weights["tokens"]
     if options.loss_type == "gspo" and advantages.shape[1] == 1:  # one ratio and one advantage an answer
         mask, number = jnp.ones_like(ratio), weights["rows"]
-    # An answer without tokens gets values that change neither extreme.
+    # An answer without tokens gets values that change neither extreme; where all are, both are 0 (in TRL NaN).
     tokens = mask.sum(axis=-1)
-    low_rows = jnp.where(tokens > 0, _row_means(low, mask), 1.0)
+    low_rows = jnp.where(tokens > 0, _row_means(low, mask), jnp.where(weights["tokens"] > 0, 1.0, 0.0))
     high_rows = jnp.where(tokens > 0, _row_means(high, mask), 0.0)
     return {
         "clip_ratio/low_mean": safe_divide((low * mask).sum(), number),
