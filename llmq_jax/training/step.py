@@ -1,6 +1,6 @@
 """The one training step that all objectives share: gradients, accumulation, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -107,7 +107,7 @@ def make_train_step(
 
         def loss(trained: Any, microbatch: Any, rng: Any) -> Any:
             variables = as_read(state.with_trained(trained))
-            value, metrics, counts = objective.loss(variables, microbatch, weights, rng)
+            value, metrics, counts = _loss_of(objective, variables, microbatch, weights, rng)
             return value, (metrics, counts)
 
         def gradients(index: Any, microbatch: Any) -> Any:
@@ -131,6 +131,19 @@ def make_train_step(
     if pmap:
         return _on_replicas(train_step, accumulate)
     return Compiled(jax.jit(train_step, donate_argnums=0), lambda batch: place_batch(batch, accumulate))
+
+
+def _loss_of(objective: Objective, *arguments: Any) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+    """What the objective's `loss` returns; BadInput where it is not what `Objective` says."""
+    found: Any = objective.loss(*arguments)
+    whole = isinstance(found, tuple | list) and len(found) == 3 and all(isinstance(each, Mapping) for each in found[1:])
+    if not whole or jnp.shape(found[0]) != ():
+        raise BadInput(
+            f"{type(objective).__name__}.loss must return (scalar, metrics, counts of experts), the last two dicts, "
+            "{} where there are none"
+        )
+    value, metrics, counts = found
+    return value, metrics, counts
 
 
 def _updated(
@@ -215,7 +228,7 @@ def make_eval_step(objective: Objective) -> EvalStep:
     def eval_step(variables: dict[str, Any], batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)  # Divided by weights of 1, the loss and its metrics stay sums.
-        value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
+        value, metrics, _ = _loss_of(objective, as_read(variables), batch, ones, None)
         sums: dict[str, Any] = {"loss": value, **metrics}
         lacking = [name for name in sums if name not in weights and name not in EXTREMES]
         if lacking:
