@@ -60,6 +60,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 class Architecture(NamedTuple):
     config_class: type
     model_class: type[Decoder]
