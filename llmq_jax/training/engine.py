@@ -71,6 +71,7 @@ def run(
     tokens_per_step: int | None = None,
     flops_per_token: float | None = None,
     show: Sequence[str] = (),
+    conclude: Callable[[RunResult], str] | None = None,
     next_commands: Sequence[str] = (),
     output: TextOutput | None = None,
 ) -> RunResult:
@@ -95,6 +96,7 @@ def run(
     * `flops_per_token`, from `token_flops`, gives the device's utilisation (MFU), if its peak is known.
     * `show` names metrics that the console shows beside the loss, for steps and for evaluations; without it, an
       evaluation shows all its means.
+    * `conclude(result)` returns a text on the result, such as figures on what was held out, shown before the commands.
     * `next_commands` are commands for the checkpoints, shown at the end if there are any checkpoints; `output` is where
       progress goes (standard output by default).
 
@@ -157,9 +159,14 @@ def run(
             result = loop.train(output)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
         path = None if run_folder is None else run_folder.path
-        best_is_told = validation.name == LOSS and result.validation_loss is not None  # by report_text
-        further = "\n".join(filter(None, ("" if best_is_told else validation.best_text(), loop.profile.text())))
-        print(report_text(result, path, further, next_commands if usable else ()), file=output, flush=True)
+        is_told = validation.name == LOSS and result.validation_loss is not None  # by report_text
+        further = "\n".join(filter(None, ("" if is_told else validation.text(result.step), loop.profile.text())))
+        print(report_text(result, path, further), file=output, flush=True)
+        conclusion = "" if conclude is None else conclude(result)
+        if conclusion:
+            print(f"\n{conclusion}", file=output, flush=True)
+        if usable and next_commands:
+            print("next:", *(f"  {command}" for command in next_commands), sep="\n", file=output, flush=True)
         return result
 
 
