@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.field_types import check_fields
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
@@ -99,6 +100,7 @@ class LossOptions:
     1.05."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.loss_type not in OPTIONS:
             raise BadInput(f"loss_type={self.loss_type!r} is unknown; {did_you_mean(self.loss_type, OPTIONS)}")
         for name in dict.fromkeys(chain.from_iterable(OPTIONS.values())):

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
-from llmq_jax.training.state import refuse_consumed_state
+from llmq_jax.training.state import refuse_consumed_state, require_state
 from llmq_jax.training.time_spent import TimeSpent, is_under_way
 from llmq_jax.training.trackers import require_wandb
 from llmq_jax.training.validation import LOSS, Validation
@@ -107,6 +107,9 @@ def run(
     checkpoint without room is not its last; StoppedBySignal, which exits, after SIGTERM or SIGINT, once the state is
     saved (without checkpoints, both signals act as usual).
     """
+    if not isinstance(options, RunOptions):
+        raise BadInput(f"options={options!r:.60} says not how to run; give lq.training.RunOptions(steps=...)")
+    require_state(state)
     options = options.resolved(evaluates=evaluate is not None, samples=sample is not None, saves=folder is not None)
     refuse_consumed_state(state)
     validation = Validation(judged_by, options.patience, start=int(state.step))
@@ -419,6 +422,8 @@ class _Loop:
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
             found = self.evaluate(self.state.variables) if found is None else found
+            if not isinstance(found, Mapping):
+                raise BadInput(f"evaluate returned {found!r:.60}; it must return means by name, as a dict")
             found = {name: to_host(value) for name, value in found.items()}  # in their order
             # All processes use the figures of one, because they must save, and stop, at the same steps.
             means = processes.share({VALIDATION + name: float(value) for name, value in found.items()})
