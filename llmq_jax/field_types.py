@@ -89,10 +89,19 @@ def _plain_hints(kind: Any) -> dict[str, Any]:
 
 def require_model(lm: Any) -> None:
     """BadInput for what is no LanguageModel, such as the name of one, and for one whose arrays a step has consumed."""
-    if not (hasattr(lm, "config") and hasattr(lm, "variables") and hasattr(lm, "tokenizer")):
+    # In this order: a Flax module, such as lm.model, has no tokenizer, and raises an error of its own for `variables`.
+    if not (hasattr(lm, "config") and hasattr(lm, "tokenizer") and hasattr(lm, "variables")):
         name = repr(lm) if isinstance(lm, str) else "name"
         raise BadInput(f"{lm!r:.60} stands where a loaded model is wanted; give what lq.load({name}) returns")
     refuse_consumed(lm.variables)
+
+
+def require_module(model: Any) -> None:
+    """BadInput for what is no Flax module, such as a LanguageModel."""
+    if not hasattr(model, "apply"):
+        raise BadInput(
+            f"{model!r:.60} stands where a model is wanted, a Flax module; give lm.model, or lq.build(config)"
+        )
 
 
 def require_variables(variables: Any) -> None:
@@ -124,6 +133,28 @@ def is_consumed(tree: Any) -> bool:
 def scalar(value: Any) -> Any:
     """A scalar of NumPy or JAX as Python's, any other value as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def require_numbers(**values: Any) -> None:
+    """BadInput for a text, or None, where a number is wanted, or a function or an array in its place."""
+    for name, value in values.items():
+        if value is None or isinstance(value, str):
+            advice = "; YAML reads 1e-3 as a text, and 1.0e-3 as a number" if value else ""
+            raise BadInput(f"{name}={value!r} must be a number{advice}")
+
+
+def float_type(dtype: Any) -> Any:
+    """A floating type, np.dtype, from its name or any other form of it; None stays None. BadInput: any other type, and
+    those of one byte, whose range weights exceed without scales beside them."""
+    import jax.numpy as jnp
+
+    if dtype is None:
+        return None
+    with contextlib.suppress(TypeError):
+        known = jnp.dtype(dtype)
+        if jnp.issubdtype(known, jnp.floating) and known.itemsize > 1:
+            return known
+    raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
 
 
 def whole(value: Any, name: str) -> int:

@@ -20,6 +20,17 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def half_surrogate(text: str) -> int | None:
+    """Where half a surrogate pair stands in a text: JSON can spell it (\\ud800), but it is no character, and UTF-8 has
+    no bytes for it. None: nowhere."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return error.start
+    return None
+
+
 def _is_deeper(value: Any) -> bool:
     level = [value]
     for _ in range(DEEPEST):

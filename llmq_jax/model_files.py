@@ -14,7 +14,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput, at_place
-from llmq_jax.field_types import require_model
+from llmq_jax.field_types import float_type, require_model
 from llmq_jax.interop.architectures import config_class_of
 from llmq_jax.interop.generation_config import GENERATION_CONFIG, GenerationConfig, read_generation_config
 from llmq_jax.interop.gguf import LAYOUT as GGUF
@@ -22,7 +22,6 @@ from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
     find,
-    float_type,
     is_hf,
     open_weights,
     read_hf,

@@ -116,6 +116,47 @@ refused("trainable='lora' is none of these variables' collections: params", lq.t
 for wrong in (lm.model, lq.objectives.NextToken(lm)):
     refused("is no objective of a model; give one, as lq.objectives.NextToken", lq.training.make_train_step, wrong,
             optimizer)
+training, objectives, step = lq.training, lq.objectives, lq.training.make_eval_step(lq.objectives.NextToken(lm.model))
+refused("is no objective of a model; give one, as lq.objectives.NextToken", training.make_train_step, lm, optimizer)
+refused("is no objective of a model; give one, as lq.objectives.NextToken", training.make_eval_step, lm)
+learner = objectives.NextToken(lm.model)
+state = training.create_state(lm.variables, optimizer)
+for function in (training.create_state, training.make_train_step):
+    refused("'adamw' is no optimizer; give one, as lq.training.adamw(1e-3)", function,
+            lm.variables if function is training.create_state else learner, "adamw")
+refused("give what lq.training.create_state returns", training.make_train_step(learner, optimizer), lm.variables, {})
+refused("give what lq.training.create_state returns", training.run, lm, step, [], training.RunOptions(1))
+refused("give lq.training.RunOptions(steps=...)", training.run, state, step, [], 10)
+refused("stands where variables are wanted", step, state, {})
+refused("batches is one batch; give a list of them", training.evaluate, step, lm.variables, {"tokens": []})
+for name in ("learning_rate", "epsilon", "weight_decay", "clip"):
+    for function in (training.adamw, training.muon):
+        refused(f"{name}='1e-3' must be a number; YAML reads 1e-3 as a text, and 1.0e-3 as a number", function,
+                **{"learning_rate": 1.0, name: "1e-3"})
+refused("learning_rate=None must be a number", training.adamw, None)
+refused("peak='1e-3' must be a number", training.warmup_cosine, "1e-3", 10)
+refused("mesh 4 must be a text, as data=2,fsdp=4", training.make_mesh, 4)
+refused("GRPO.beta='0.1' is not of the type float", objectives.GRPO, lm.model, beta="0.1")
+refused("DPO.beta='0.1' is not of the type float", objectives.DPO, lm.model, "0.1")
+refused("stands where a model is wanted, a Flax module; give lm.model", objectives.token_logprobs, lm, lm.variables,
+        [[1, 2]])
+refused("stands where variables are wanted", objectives.token_logprobs, lm.model, lm.params, [[1, 2]])
+for function in (generate, lq.lora, lq.save_hf):
+    refused("stands where a loaded model is wanted", function, lm.model, "x")
+refused("prompts={'prompt': 'a'} must be a text, or a list", generate, lm, {"prompt": "a"})
+for wrong in ("bfloat", 16):
+    refused(f"dtype={wrong!r} is not a floating type of 2 bytes or more", lq.build, config, dtype=wrong)
+for wrong in ("gpt2", lm, None):
+    refused("is no config of a model", lq.interop.config_to_hf, wrong)
+    refused("is no config of a model", lq.interop.to_state_dict, lm.variables, wrong)
+    refused("is no config of a model", lq.interop.from_state_dict, {}, wrong)
+for wrong, right in (("gpt2", ["a"]), (["a"], lm)):
+    refused("is no tokenizer; give one, as lq.load_tokenizer", lq.data.encode_documents, wrong, right)
+for wrong in (3, None, ["a"]):
+    refused("must be a text", lm.tokenizer.encode, wrong)
+for wrong in (dict(context="8"), dict(batch_size=2.5), dict(seed="0")):
+    refused("must be an integer", lq.data.training_batches, list(range(100)), **dict(context=8, batch_size=2) | wrong)
+refused("context=8.5 must be an integer", lq.data.evaluation_batches, list(range(100)), context=8.5, batch_size=2)
 refused("RunOptions.steps='5' is not of the type int", lq.training.RunOptions, "5")
 refused("Sampler.temperature='hot'", Sampler, temperature="hot")
 refused("Sampler.top_k=2.5", Sampler, top_k=2.5)

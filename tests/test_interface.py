@@ -68,3 +68,8 @@ def test_arguments(call):
 
 def test_what_generate_returns():
     assert [field.name for field in dataclasses.fields(lq.Generation)][:4] == ["tokens", "lengths", "logprobs", "text"]
+
+
+def test_tab_completion_shows_what_is_public():
+    for package in (lq.data, lq.generation, lq.interop, lq.models, lq.objectives, lq.training):
+        assert dir(package) == sorted(package.__all__)

@@ -156,7 +156,14 @@ def main(options: Options) -> Any:
         head += f"\nclass weights: {each}; losses are weighted by them, in training and validation"
     print(f"{head}\n{learner.described}\n{source.model.attention_choice(training=True)}", flush=True)
     digests = digests_of({name: (rows[name], part.labels) for name, part in parts.items()}, numbered)
-    result = engine.run(
+
+    def conclude(result):
+        if result.state is None:
+            return ""
+        learned = source.replace(variables=whole(result.state.variables))
+        return test(options, learned, result.step, parts["test"], rows["test"])
+
+    return engine.run(
         learner.state(optimizer, options.seed),
         train_step,
         batches,
@@ -170,12 +177,9 @@ def main(options: Options) -> Any:
         evaluate=evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, [min(len(row), longest) for row in rows["training"]]),
+        conclude=conclude,
         next_commands=next_commands(options, config),
     )
-    if result.state is not None:
-        learned = source.replace(variables=whole(result.state.variables))
-        test(options, learned, result.step, parts["test"], rows["test"])
-    return result
 
 
 def check(options: Options) -> None:
@@ -325,8 +329,9 @@ def numbered(part: tuple[Sequence[list[int]], Sequence[int]]) -> Any:
     return np.concatenate([[len(row), label, *row] for row, label in zip(*part, strict=True)]).astype(np.int64)
 
 
-def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[int]]) -> None:
-    """Classify the test set by the model after this step; print the results, and write them into the run folder."""
+def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[int]]) -> str:
+    """Classify the test set by the model after this step, and write the results into the run folder; returns them as
+    text."""
     from llmq_jax.atomic_files import write_atomically, write_json_atomically
     from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
     from llmq_jax.training.processes import first
@@ -334,7 +339,7 @@ def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[in
 
     logits = lm.classify_rows(rows, options.batch_size)
     if not first():
-        return
+        return ""
     report = classification_report(part.names, logits, part.labels)
     errors = worst_errors(part.names, part.texts, logits, part.labels)
     folder = Path(options.out)
@@ -343,9 +348,11 @@ def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[in
     write_json_atomically(folder / "test.json", {"step": step, **report.to_json()})
     plot_confusion(report, folder / "confusion.png")
     write_report_page(folder)
-    print(f"\ntest after step {step:,} on {counted(len(part), 'text')}: {report.text()}\n")
     worst = f"{'the worst ' if errors else ''}{counted(len(errors), 'error')}"
-    print(f"written to {folder}: test.json, confusion.png, errors.jsonl ({worst})", flush=True)
+    return (
+        f"test after step {step:,} on {counted(len(part), 'text')}: {report.text()}\n\n"
+        f"written to {folder}: test.json, confusion.png, errors.jsonl ({worst})"
+    )
 
 
 def next_commands(options: Options, config: Any) -> list[str]:

@@ -185,7 +185,19 @@ def main(options: Options) -> Any:
         if options.train != "all" and options.reference is None and asked in (None, digest):
             kept = np.asarray if jax.process_count() == 1 else jnp.copy  # no process alone has all of an array
             began = {name: jax.tree.map(kept, state.variables[name]) for name in state.changing}
-        result = engine.run(
+
+        def conclude(result):
+            if result.state is None:
+                return ""
+            means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
+            policy = source.replace(variables=whole(result.state.variables))
+            start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))
+            return (
+                f"{counted(len(held_out), 'pair')} held out: {figures(means)}\n"
+                f"{distance(options, policy, start, asked, validation)}"
+            )
+
+        return engine.run(
             state,
             train_step,
             batches,
@@ -198,15 +210,9 @@ def main(options: Options) -> Any:
             sample=ask,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
+            conclude=conclude,
             next_commands=next_commands(options.out, config, converses),
         )
-        if result.state is not None:
-            means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
-            print(f"\n{counted(len(held_out), 'pair')} held out: {figures(means)}")
-            policy = source.replace(variables=whole(result.state.variables))
-            start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))
-            print(distance(options, policy, start, asked, validation), flush=True)
-    return result
 
 
 def check(options: Options) -> None:

@@ -274,10 +274,17 @@ def main(options: Options) -> Any:
     def sample(variables, at_step):
         return table(loop, variables, batches[at_step - 1])
 
+    def conclude(result):
+        learned = Path(options.out) / REWARD_MODEL
+        if loop.reward_learner is None or result.state is None or learned.exists():
+            return ""
+        save(reward_model_of(score).lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
+        return f"the reward model, which went on learning: {learned}"
+
     converses = options.template != "plain" and source.tokenizer.chat_template is not None
     digests = digests_of({"training": training, "validation": validation}, numbered)
     digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)
-    result = engine.run(
+    return engine.run(
         loop.start(learner.state(optimizer, options.seed)),
         loop.step,
         batches,
@@ -293,13 +300,9 @@ def main(options: Options) -> Any:
         judged_by=("reward", "highest"),
         sample=sample,
         show=("reward", "reward_std"),
+        conclude=conclude,
         next_commands=next_commands(options.out, config, converses, prompt='"..."'),
     )
-    learned = Path(options.out) / REWARD_MODEL
-    if loop.reward_learner is not None and result.state is not None and not learned.exists():
-        save(reward_model_of(score).lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
-        print(f"the reward model, which went on learning: {learned}", flush=True)
-    return result
 
 
 def shared_by(options: Options, model: Any, longest_prompt: int) -> int:

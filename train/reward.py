@@ -119,7 +119,19 @@ def main(options: Options) -> Any:
     )
     digests = digests_of({"training": learned, "validation": held_out}, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
-    result = engine.run(
+
+    def conclude(result):
+        if result.state is None:
+            return ""
+        everything = PreferenceEvaluation(held_out.pairs, size, longest)
+        figures = step.evaluate(eval_step, result.state.variables, map(own_rows, everything))
+        return (
+            f"{counted(len(held_out), 'pair')} held out: accuracy {figures['accuracy']:.4f}, "
+            f"margin {figures['margin']:.4f}, loss {figures['loss']:.4f}; rewards from {figures['min_reward']:.3f} to "
+            f"{figures['max_reward']:.3f}, {figures['mean_reward']:.3f} in the mean"
+        )
+
+    return engine.run(
         learner.state(optimizer, options.seed),
         train_step,
         batches,
@@ -134,19 +146,10 @@ def main(options: Options) -> Any:
         sample=rewards_of_a_few(options, source.model, held_out.pairs, validation),
         flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in learned.answers]),
         show=("accuracy", "margin"),
+        conclude=conclude,
         # transformers and `llmq classify` read the last token's reward.
         next_commands=export_commands(options.out, config) if options.pooling == "last" else (),
     )
-    if result.state is not None:
-        everything = PreferenceEvaluation(held_out.pairs, size, longest)
-        figures = step.evaluate(eval_step, result.state.variables, map(own_rows, everything))
-        print(
-            f"\n{counted(len(held_out), 'pair')} held out: accuracy {figures['accuracy']:.4f}, "
-            f"margin {figures['margin']:.4f}, loss {figures['loss']:.4f}; rewards from {figures['min_reward']:.3f} to "
-            f"{figures['max_reward']:.3f}, {figures['mean_reward']:.3f} in the mean",
-            flush=True,
-        )
-    return result
 
 
 def check(options: Options) -> None:

@@ -5,16 +5,16 @@
     llmq classify runs/spam --data messages.tsv --columns id,text --out classified.jsonl           without a header
 
 With --out or --json, the records come out again as JSON, one a line, with "label" (the likeliest class) and
-"probabilities" added, or "scores" for a model with a single label, which gives a number. The file that --out names is
-written at the end. If the command is stopped before, what is done stays in FILE.partial, and the same command goes on
-from there.
+"probabilities" added, or "scores" for a model with a single label, which gives a number. A label that the data have
+comes out as "given_label". The file that --out names is written at the end. If the command is stopped before, what is
+done stays in FILE.partial, and the same command goes on from there.
 """
 
 import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +26,9 @@ from llmq_jax.commands.standard_input import STANDARD_INPUT, text_of_input, with
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, Positional, Repeated, default_is, refuse_idle, require_at_least
+
+GIVEN = "given_"
+"""What is put before the name of a record's field where the prediction has one of that name."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def main(options: Options) -> None:
     with options.on_devices(options.batch_size):
         labels, results = classified(options, records)
     if options.out is not None:
-        print(f"written: {options.out}, {summary(labels, results)}")
+        print(f"written: {options.out}, {summary(labels, records, results)}")
     elif options.json:
         print("\n".join(map(line, records, results)))
     else:
@@ -111,7 +114,8 @@ def _kept_lines(
         return contextlib.nullcontext()
     from llmq_jax.weight_digest import weight_digest
 
-    fields, digest = [json.loads(as_json(record.fields)) for record in records], hashlib.sha256()
+    names = added(lm.config.labels)
+    fields, digest = [json.loads(as_json(given(record, names))) for record in records], hashlib.sha256()
     for each in zip(fields, rows, strict=True):
         digest.update(json.dumps(each).encode())
     command = {name: getattr(options, name) for name in ("text_field", "columns", "max_length")}
@@ -126,10 +130,11 @@ def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) 
     if options.max_length is not None and not 0 < options.max_length <= longest:
         raise BadInput(f"--max-length {options.max_length} must lie between 1 and the model's {longest}")
     for record in records:
-        taken = [name for name in added(labels) if name in record.fields]
+        taken = [name for name in added(labels) if {name, GIVEN + name} <= set(record.fields)]
         if taken and (options.json or options.out is not None):
             raise BadInput(
-                f"{record.where} has a field {taken[0]!r} already, which the result would replace; rename it"
+                f"{record.where} has fields {taken[0]!r} and {GIVEN + taken[0]!r}, the name under which the first "
+                "would come out; rename one"
             )
     wanted = options.max_length or longest
     texts = [record.fields[options.text_field or "text"] for record in records]
@@ -199,9 +204,14 @@ def added(labels: Sequence[str]) -> tuple[str, ...]:
     return ("scores",) if len(labels) == 1 else ("label", "probabilities")
 
 
+def given(record: Any, names: Collection[str]) -> dict[str, Any]:
+    """A record's fields, those of these names under other ones."""
+    return {GIVEN + name if name in names else name: value for name, value in record.fields.items()}
+
+
 def line(record: Any, said: dict[str, Any]) -> str:
     """A record with its prediction, as a line of JSON."""
-    return as_json({**record.fields, **said})
+    return as_json({**given(record, said), **said})
 
 
 def as_json(fields: dict[str, Any]) -> str:
@@ -209,10 +219,16 @@ def as_json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False, default=str)
 
 
-def summary(labels: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
-    """How many texts got each label."""
+def summary(labels: Sequence[str], records: Sequence[Any], results: Sequence[dict[str, Any]]) -> str:
+    """How many texts got each label, and how many of those that had one before got the same."""
     if len(labels) == 1:
         return counted(len(results), "score")
     found = [each["label"] for each in results]
     counts = ", ".join(f"{found.count(label):,} {label}" for label in labels if label in found)
-    return f"{counted(len(results), 'text')}: {counts}"
+    told = [
+        str(record.fields["label"]) == each["label"]
+        for record, each in zip(records, results, strict=True)
+        if "label" in record.fields
+    ]
+    agreed = f"; {sum(told):,} of {len(told):,} as labelled" if told else ""
+    return f"{counted(len(results), 'text')}: {counts}{agreed}"

@@ -129,3 +129,7 @@ __all__ = [
     "without_padding",
     "write_tokens",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmq_jax.errors import BadInput
-from llmq_jax.json_text import parse_json
+from llmq_jax.json_text import half_surrogate, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -166,7 +166,7 @@ def _checked_ids(path: Path, ids: dict[str, int]) -> dict[str, int]:
     for token, number in ids.items():
         if not 0 <= number < MOST_IDS:
             raise BadInput(f"{path}: {token!r} has the id {number}, which is not from 0 to {MOST_IDS - 1:,}")
-        if not token.isascii() and any("\ud800" <= character <= "\udfff" for character in token):
+        if half_surrogate(token) is not None:
             raise BadInput(f"{path}: {token!r} holds half a surrogate pair, which is no character")
     return ids
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from llmq_jax.counts import counted
 from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.errors import BadInput
-from llmq_jax.json_text import parse_json
+from llmq_jax.json_text import half_surrogate, parse_json
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv")
@@ -159,12 +159,8 @@ def checked_text(value: object, where: str) -> str:
     """The value, if it is valid text; else BadInput, which calls its place `where`."""
     if not isinstance(value, str):
         raise BadInput(f"{where} must be a string, not {_type_name(value)}")
-    # JSON can spell half of a surrogate pair (\ud800), which is no character.
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadInput(f"{where}: half a surrogate pair at character {error.start}: not valid Unicode") from None
+    if (place := half_surrogate(value)) is not None:
+        raise BadInput(f"{where}: half a surrogate pair at character {place}: not valid Unicode")
     return value
 
 

@@ -28,6 +28,8 @@ def encoded_blocks(
 ) -> Iterator[np.ndarray]:
     """The stream of `encode_documents` in pieces `[n]`, each of about BLOCK_CHARACTERS of text. BadInput: the
     tokenizer has no end-of-text token to append, or `documents` is one text, whose characters would be documents."""
+    if not hasattr(tokenizer, "encode_arrays"):
+        raise BadInput(f"{tokenizer!r:.60} is no tokenizer; give one, as lq.load_tokenizer returns it, or lm.tokenizer")
     if isinstance(documents, str):
         raise BadInput("documents must be a list of texts, not one text: write [text]")
     if append_end_of_text and tokenizer.end_of_text is None:

@@ -462,6 +462,8 @@ def _plain_ints(ids: Iterable[SupportsIndex]) -> list[int]:
 
 
 def _utf8(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise BadInput(f"text={text!r:.60} must be a text; several are encoded one by one, or by encode_arrays(texts)")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

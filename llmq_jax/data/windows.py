@@ -18,6 +18,7 @@ from jaxtyping import Integer
 from llmq_jax.counts import counted
 from llmq_jax.data.splits import shuffled_epochs
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import whole
 
 Batch = dict[str, np.ndarray]
 """tokens [B, T] int32 (inputs), targets [B, T] int32 (the next tokens), mask [B, T] float32 (1 where a target counts);
@@ -86,7 +87,7 @@ def training_batches(
             f"the training text has {counted(len(tokens), 'token')} and one window needs {context + 1} (context + 1): "
             "use a longer text or a shorter context"
         )
-    if seed < 0:
+    if whole(seed, "seed") < 0:
         raise BadInput(f"the seed must not be negative, got {seed}")
     # This leaves room for `context` different offsets; a text of less than two contexts is one window.
     windows = max(1, (len(tokens) - context) // context)
@@ -220,7 +221,7 @@ def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
 
 
 def _check_sizes(context: int, batch_size: int, end_of_text: int | None, separate_documents: bool) -> None:
-    if context < 1 or batch_size < 1:
+    if whole(context, "context") < 1 or whole(batch_size, "batch_size") < 1:
         raise BadInput(f"context ({context}) and batch size ({batch_size}) must be at least 1")
     if separate_documents and end_of_text is None:
         raise BadInput("separating documents needs the end-of-text token, which this tokenizer does not have")

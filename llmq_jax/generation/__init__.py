@@ -6,3 +6,7 @@ from llmq_jax.generation.request import Generation
 from llmq_jax.generation.sampling import Sampler, row_seed
 
 __all__ = ["Generation", "PromptCache", "Sampler", "generate", "row_seed", "stream"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
 """One call of `generate` or `stream`: its prompts and options checked, the compiled functions bound to them, and the
 text of its rows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -157,7 +157,7 @@ class Request:
         prompt_cache: PromptCache | None = None,
     ) -> "Request":
         require_model(lm)
-        if not isinstance(prompts, Iterable):
+        if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
             raise BadInput(f"prompts={prompts!r:.60} must be a text, or a list of texts or of lists of token ids")
         given = [scalar(prompt) for prompt in prompts]
         rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(given)]

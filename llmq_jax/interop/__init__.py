@@ -14,3 +14,7 @@ from llmq_jax.interop.architectures import (
 )
 
 __all__ = ["config_from_hf", "config_from_state_dict", "config_to_hf", "from_state_dict", "to_state_dict"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,7 +13,7 @@ from llmq_jax.field_types import has_type, refuse_consumed, scalar, type_name
 from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, ministral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
-from llmq_jax.models import ARCHITECTURES, override
+from llmq_jax.models import ARCHITECTURES, override, require_config
 from llmq_jax.models.heads import numbered_labels
 
 
@@ -86,6 +86,7 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
     of our readers); it is read tensor by tensor. Types are kept unless `dtype` is given. Whatever is missing, unread,
     of another shape or not tied where it should be is named in one BadInput.
     """
+    require_config(config)
     table = weight_table(config.model_type, layout).spelling(state)
     try:
         return table.from_state_dict(state, config, dtype)
@@ -113,6 +114,7 @@ def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") ->
     if not isinstance(variables, Mapping):
         raise BadInput(f"{variables!r:.60} is no dict of variables; those of a LanguageModel are lm.variables")
     refuse_consumed(variables)
+    require_config(config)
     lazy = weight_table(config.model_type, layout).lazy_state_dict(variables, config)
     return {name: np.array(tensor) for name, tensor in lazy.items()}
 
@@ -145,6 +147,7 @@ def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def config_to_hf(config: Any) -> dict[str, Any]:
     """The `config.json` of a config, as a dict. BadInput for what transformers has no form for, such as other norms, or
     a field of your own that is not at its default."""
+    require_config(config)
     return config_table(config.model_type).to_hf(config)
 
 

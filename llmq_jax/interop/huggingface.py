@@ -13,15 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.defaults import MAX_SHARD_SIZE
 from llmq_jax.errors import BadInput, at_place, first_line, no_such_path
-from llmq_jax.field_types import require_model
+from llmq_jax.field_types import float_type, require_model
 from llmq_jax.interop.architectures import (
     config_from_hf,
     config_to_hf,
@@ -306,18 +303,6 @@ def _refuse_by_config(folder: Path, config: Any) -> None:
     with at_place(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
         if values := read_json(file):  # an empty one is taken for none
             config_from_hf(values)
-
-
-def float_type(dtype: Any) -> np.dtype | None:
-    """A floating type from its name or any other form of it; None stays None. BadInput: any other type, and those of
-    one byte, whose range weights exceed without scales beside them."""
-    if dtype is None:
-        return None
-    with contextlib.suppress(TypeError):
-        known: np.dtype = jnp.dtype(dtype)
-        if jnp.issubdtype(known, jnp.floating) and known.itemsize > 1:
-            return known
-    raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
 
 
 def _generation(folder: Path, values: Mapping[str, Any], config: Any, tokenizer: Tokenizer | None) -> GenerationConfig:

@@ -45,7 +45,7 @@ ELSEWHERE = ("masked", "blocked")
 # Into how many blocks a sequence is cut in layers without a window: few, because each is compiled separately. Below
 # the shortest length, a block costs more than the masked scores that it skips.
 QUERY_BLOCKS = 4
-SHORTEST_QUERY_BLOCK = 64
+SHORTEST_QUERY_BLOCK = 128
 # A sequence no longer than this many windows is cut as in layers without a window, which is then as fast.
 FEW_WINDOWS = 2
 

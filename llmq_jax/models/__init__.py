@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import as_type, create, has_type, type_name, whole
+from llmq_jax.field_types import as_type, create, float_type, has_type, type_name, whole
 from llmq_jax.layers.axes import constrain_like_params
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
@@ -58,6 +58,10 @@ __all__ = [
     "parameter_count",
     "preset",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class Architecture(NamedTuple):
@@ -185,24 +189,28 @@ def build(
     """The model of a config: a Flax module. `model.apply(variables, tokens [B, T])` gives logits [B, T, V], or [B, C]
     of a classifier. It holds no parameters: those are `init(config)`. For the options see `Decoder`; an unknown `remat`
     or `attention` is BadInput when the model first runs."""
-    dtype = None if dtype is None else jnp.dtype(dtype)
     model_class = architecture(config).model_class
-    return model_class(config, dtype=dtype, remat=remat, scan_layers=scan_layers, attention=attention)
+    return model_class(config, dtype=float_type(dtype), remat=remat, scan_layers=scan_layers, attention=attention)
 
 
 def architecture(config: Any) -> Architecture:
     """The architecture of a config. BadInput for what is no config, or one for which no model is registered."""
-    if isinstance(config, type) or not isinstance(getattr(config, "model_type", None), str):
-        raise BadInput(
-            f"{config!r:.60} is no config of a model: give an instance of one of its classes, as lq.GPT2Config(...); "
-            "dataclasses.replace changes fields of another"
-        )
+    require_config(config)
     if config.model_type not in ARCHITECTURES:
         raise BadInput(
             f"no model is registered for model_type {config.model_type!r}; before it is built, name one: "
             f"llmq_jax.models.ARCHITECTURES[{config.model_type!r}] = Architecture({type(config).__name__}, YourModel)"
         )
     return ARCHITECTURES[config.model_type]
+
+
+def require_config(config: Any) -> None:
+    """BadInput for what is no config, such as the name of one."""
+    if isinstance(config, type) or not isinstance(getattr(config, "model_type", None), str):
+        raise BadInput(
+            f"{config!r:.60} is no config of a model: give an instance of one of its classes, as lq.GPT2Config(...); "
+            "dataclasses.replace changes fields of another"
+        )
 
 
 def init(config: Any, seed: int = 0) -> dict[str, Any]:

@@ -6,7 +6,6 @@ lengths, which say what is padding, never by a token's id: where the padding is 
 head of one class gives a scalar, a score of the text.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import half_surrogate
 from llmq_jax.models.config import require
 
 LM_HEAD, SCORE = "lm_head", "score"
@@ -31,8 +31,7 @@ def set_labels(config: Any) -> None:
     names = not isinstance(labels, str) and all(isinstance(label, str) and label for label in labels)
     require(names, config, "labels", 'must be the names of the classes, as ("ham", "spam")')
     require(len(labels) > 0, config, "labels", "must name at least one class; None is a language model")
-    # They are written as UTF-8, which cannot encode half a surrogate pair.
-    whole = all(label.isascii() or not re.search("[\ud800-\udfff]", label) for label in labels)
+    whole = all(half_surrogate(label) is None for label in labels)
     require(whole, config, "labels", "has half a surrogate pair, which is no character")
     for label, count in Counter(labels).items():
         require(count == 1, config, "labels", f"names {label!r} twice")

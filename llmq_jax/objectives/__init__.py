@@ -35,3 +35,7 @@ __all__ = [
     "token_scores",
     "with_balance_losses",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.field_types import check_fields
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
@@ -99,6 +100,7 @@ class LossOptions:
     1.05."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.loss_type not in OPTIONS:
             raise BadInput(f"loss_type={self.loss_type!r} is unknown; {did_you_mean(self.loss_type, OPTIONS)}")
         for name in dict.fromkeys(chain.from_iterable(OPTIONS.values())):
@@ -333,9 +335,9 @@ def clip_metrics(
     number = weights["tokens"]
     if options.loss_type == "gspo" and advantages.shape[1] == 1:  # one ratio and one advantage an answer
         mask, number = jnp.ones_like(ratio), weights["rows"]
-    # An answer without tokens gets values that change neither extreme.
+    # An answer without tokens gets values that change neither extreme; where all are, both are 0 (in TRL NaN).
     tokens = mask.sum(axis=-1)
-    low_rows = jnp.where(tokens > 0, _row_means(low, mask), 1.0)
+    low_rows = jnp.where(tokens > 0, _row_means(low, mask), jnp.where(weights["tokens"] > 0, 1.0, 0.0))
     high_rows = jnp.where(tokens > 0, _row_means(high, mask), 0.0)
     return {
         "clip_ratio/low_mean": safe_divide((low * mask).sum(), number),

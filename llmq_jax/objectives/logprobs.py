@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import require_module, require_variables
 from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, parted
@@ -165,6 +166,8 @@ def greedy_logprobs(
 
 
 def _forward(model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array | None) -> Any:
+    require_module(model)
+    require_variables(variables)
     return model.apply(variables, tokens, lengths=lengths, method="forward")
 
 

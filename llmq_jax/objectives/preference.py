@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import check_fields
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import logprobs_and_counts
@@ -111,6 +112,7 @@ class DPO:
     """Compare means over tokens in place of sums; "ipo" always does."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_dpo(self.beta, self.label_smoothing, self.loss_type, self.normalise)
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:

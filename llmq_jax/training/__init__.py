@@ -37,3 +37,7 @@ __all__ = [
     "warmup_cosine",
     "warmup_schedule",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

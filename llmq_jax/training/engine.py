@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
-from llmq_jax.training.state import refuse_consumed_state
+from llmq_jax.training.state import refuse_consumed_state, require_state
 from llmq_jax.training.time_spent import TimeSpent, is_under_way
 from llmq_jax.training.trackers import require_wandb
 from llmq_jax.training.validation import LOSS, Validation
@@ -71,6 +71,7 @@ def run(
     tokens_per_step: int | None = None,
     flops_per_token: float | None = None,
     show: Sequence[str] = (),
+    conclude: Callable[[RunResult], str] | None = None,
     next_commands: Sequence[str] = (),
     output: TextOutput | None = None,
 ) -> RunResult:
@@ -95,6 +96,7 @@ def run(
     * `flops_per_token`, from `token_flops`, gives the device's utilisation (MFU), if its peak is known.
     * `show` names metrics that the console shows beside the loss, for steps and for evaluations; without it, an
       evaluation shows all its means.
+    * `conclude(result)` returns a text on the result, such as figures on what was held out, shown before the commands.
     * `next_commands` are commands for the checkpoints, shown at the end if there are any checkpoints; `output` is where
       progress goes (standard output by default).
 
@@ -105,6 +107,9 @@ def run(
     checkpoint without room is not its last; StoppedBySignal, which exits, after SIGTERM or SIGINT, once the state is
     saved (without checkpoints, both signals act as usual).
     """
+    if not isinstance(options, RunOptions):
+        raise BadInput(f"options={options!r:.60} says not how to run; give lq.training.RunOptions(steps=...)")
+    require_state(state)
     options = options.resolved(evaluates=evaluate is not None, samples=sample is not None, saves=folder is not None)
     refuse_consumed_state(state)
     validation = Validation(judged_by, options.patience, start=int(state.step))
@@ -157,9 +162,14 @@ def run(
             result = loop.train(output)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
         path = None if run_folder is None else run_folder.path
-        best_is_told = validation.name == LOSS and result.validation_loss is not None  # by report_text
-        further = "\n".join(filter(None, ("" if best_is_told else validation.best_text(), loop.profile.text())))
-        print(report_text(result, path, further, next_commands if usable else ()), file=output, flush=True)
+        is_told = validation.name == LOSS and result.validation_loss is not None  # by report_text
+        further = "\n".join(filter(None, ("" if is_told else validation.text(result.step), loop.profile.text())))
+        print(report_text(result, path, further), file=output, flush=True)
+        conclusion = "" if conclude is None else conclude(result)
+        if conclusion:
+            print(f"\n{conclusion}", file=output, flush=True)
+        if usable and next_commands:
+            print("next:", *(f"  {command}" for command in next_commands), sep="\n", file=output, flush=True)
         return result
 
 
@@ -412,6 +422,8 @@ class _Loop:
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
             found = self.evaluate(self.state.variables) if found is None else found
+            if not isinstance(found, Mapping):
+                raise BadInput(f"evaluate returned {found!r:.60}; it must return means by name, as a dict")
             found = {name: to_host(value) for name, value in found.items()}  # in their order
             # All processes use the figures of one, because they must save, and stop, at the same steps.
             means = processes.share({VALIDATION + name: float(value) for name, value in found.items()})

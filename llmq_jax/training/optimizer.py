@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import whole
+from llmq_jax.field_types import require_numbers, whole
 from llmq_jax.layers.axes import FSDP, TENSOR, axis_sizes, dimensions, is_stacked, partition_spec, path_names
 from llmq_jax.training.roles import role, roles
 
@@ -60,6 +60,7 @@ def warmup_schedule(
         raise BadInput(
             f"warm-up of {counted(warmup_steps, 'step')} does not fit a run of {steps}; make it shorter than the run"
         )
+    require_numbers(peak=peak, initial=initial, minimum=minimum)
     for name, value in (("initial", initial), ("minimum", minimum)):
         if not 0.0 <= value <= peak:
             raise BadInput(f"{name} learning rate {value:g} must lie between 0 and the peak, {peak:g}")
@@ -119,6 +120,7 @@ def adamw(
     section 3.3.3), or "first-bfloat16", of the first alone (optax's `mu_dtype`). BadInput for decay rates so near 1
     that bfloat16, of 8 bits, would lose every change.
     """
+    require_numbers(epsilon=epsilon)
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
     scale = _kept_in(scale, moments, b1=b1, b2=b2)
     return _decoupled(scale, learning_rate, weight_decay, clip)
@@ -150,6 +152,7 @@ def muon(
     products that orthogonalise (PyTorch's are bfloat16); the others are those of `adamw`. BadInput if no matrix of a
     layer trains, as with adapters.
     """
+    require_numbers(epsilon=epsilon)
 
     def kinds(params: Any) -> Any:
         def kind(path: Any, leaf: Any) -> str:
@@ -271,6 +274,7 @@ def _decoupled(
     scale: optax.GradientTransformation, learning_rate: Schedule | float, weight_decay: float, clip: float | None
 ) -> optax.GradientTransformation:
     """Clip the gradient, scale it by `scale`, add `weight_decay` times the parameter, multiply by the learning rate."""
+    require_numbers(learning_rate=learning_rate, weight_decay=weight_decay, clip=1.0 if clip is None else clip)
     return optax.chain(
         optax.identity() if clip is None else clip_by_global_norm(clip),
         scale,
@@ -294,6 +298,7 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def _kept_in(scale: optax.GradientTransformation, moments: str, **decays: float) -> optax.GradientTransformation:
     """The transformation with its moments, which have these decay rates, rounded between updates as `moments`, one of
     MOMENTS, says; the updates themselves are computed in float32. BadInput for another name."""
+    require_numbers(**decays)
     if moments not in MOMENTS:
         raise BadInput(f"moments={moments!r} is unknown; {did_you_mean(moments, MOMENTS)}")
     if moments == "float32":

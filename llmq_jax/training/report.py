@@ -4,7 +4,6 @@ import dataclasses
 import os
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def report_text(result: RunResult, folder: Path | None, further: str, next_commands: Sequence[str]) -> str:
+def report_text(result: RunResult, folder: Path | None, further: str) -> str:
     parts = [f"{counted(result.step, 'step')}, {result.tokens:,} tokens"]
     if result.seconds is not None:
         parts.append(f"{clock(result.seconds)} of training")
@@ -85,6 +84,4 @@ def report_text(result: RunResult, folder: Path | None, further: str, next_comma
         shown = [f"{name}/" if (folder / name).is_dir() else name for name in names]
         lines.append(f"files in {folder}: {', '.join(shown)}")
     lines += [further] if further else []
-    if next_commands:
-        lines += ["next:", *(f"  {command}" for command in next_commands)]
     return "\n".join(lines)

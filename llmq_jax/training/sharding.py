@@ -41,6 +41,8 @@ OTHER_NAMES = {"dp": "data", "tp": "tensor", "model": "tensor", "ep": "expert"}
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """Number of devices along each axis, from a text like "data=2,fsdp=4"; 1 along axes that it leaves out."""
+    if not isinstance(text, str):
+        raise BadInput(f"mesh {text!r:.60} must be a text, as data=2,fsdp=4")
     sizes = dict.fromkeys(MESH_AXES, 1)
     given = set()
     for part in text.split(","):

@@ -9,7 +9,7 @@ import optax
 from flax import struct
 
 from llmq_jax.errors import BadInput, warn
-from llmq_jax.field_types import is_consumed, refuse_consumed, require_variables
+from llmq_jax.field_types import is_consumed, refuse_consumed, require_variables, whole
 from llmq_jax.layers.lora import LORA, trained_whole
 from llmq_jax.models import parameter_count
 from llmq_jax.models.decoder import PARAMS
@@ -103,6 +103,7 @@ def create_state(
     """
     require_variables(variables)
     refuse_consumed(variables)
+    require_optimizer(optimizer)
     names = (trainable,) if isinstance(trainable, str) else trainable
     for name in names:
         if name not in variables:
@@ -119,11 +120,27 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
         optimizer_state=optimizer.init(one_or_all({name: variables[name] for name in names})),
-        key=jax.random.key_data(jax.random.key(seed)),
+        key=jax.random.key_data(jax.random.key(whole(seed, "seed"))),
         trainable=names,
     )
     placed: TrainState = bound_alike(place(state))
     return placed
+
+
+def require_optimizer(optimizer: Any) -> None:
+    """BadInput for what is no optimizer, such as the name of one."""
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise BadInput(
+            f"{optimizer!r:.60} is no optimizer; give one, as lq.training.adamw(1e-3), or any other of optax's"
+        )
+
+
+def require_state(state: Any) -> None:
+    """BadInput for what is no state of training, such as the variables of a model."""
+    if not hasattr(state, "step"):
+        raise BadInput(
+            f"{state!r:.60} stands where a state of training is wanted; give what lq.training.create_state returns"
+        )
 
 
 def refuse_consumed_state(state: Any) -> None:

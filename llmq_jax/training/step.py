@@ -1,6 +1,6 @@
 """The one training step that all objectives share: gradients, accumulation, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -11,7 +11,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import refuse_consumed, whole
+from llmq_jax.field_types import refuse_consumed, require_variables, whole
 from llmq_jax.host_copies import to_host
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
@@ -20,7 +20,14 @@ from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
 from llmq_jax.training.parts import as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
-from llmq_jax.training.state import ROUTER, TrainState, refuse_consumed_state, routers_learn
+from llmq_jax.training.state import (
+    ROUTER,
+    TrainState,
+    refuse_consumed_state,
+    require_optimizer,
+    require_state,
+    routers_learn,
+)
 
 REPLICAS = "replicas"
 MODES = ("jit", "pmap")
@@ -89,8 +96,8 @@ def make_train_step(
         raise BadInput(f"accumulate={accumulate} must be at least 1")
     if mode not in MODES:
         raise BadInput(f"mode={mode!r} is unknown; {did_you_mean(mode, MODES)}")
-    if not hasattr(getattr(objective, "model", None), "experts"):
-        raise BadInput(f"{objective!r:.60} is no objective of a model; give one, as lq.objectives.NextToken(lm.model)")
+    _require_objective(objective)
+    require_optimizer(optimizer)
     pmap = mode == "pmap"
     experts = objective.model.experts
     neighbours = getattr(objective, "group_size", 1)  # consecutive rows that the objective needs together
@@ -99,6 +106,7 @@ def make_train_step(
         return over_devices(named, REPLICAS) if pmap else named
 
     def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        require_state(state)
         trained = state.trained
         weights = whole_batch(objective.weights(batch, state.step))
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -107,7 +115,7 @@ def make_train_step(
 
         def loss(trained: Any, microbatch: Any, rng: Any) -> Any:
             variables = as_read(state.with_trained(trained))
-            value, metrics, counts = objective.loss(variables, microbatch, weights, rng)
+            value, metrics, counts = _loss_of(objective, variables, microbatch, weights, rng)
             return value, (metrics, counts)
 
         def gradients(index: Any, microbatch: Any) -> Any:
@@ -131,6 +139,25 @@ def make_train_step(
     if pmap:
         return _on_replicas(train_step, accumulate)
     return Compiled(jax.jit(train_step, donate_argnums=0), lambda batch: place_batch(batch, accumulate))
+
+
+def _require_objective(objective: Any) -> None:
+    """BadInput for what is no objective, such as a model."""
+    if not (hasattr(objective, "weights") and hasattr(getattr(objective, "model", None), "experts")):
+        raise BadInput(f"{objective!r:.60} is no objective of a model; give one, as lq.objectives.NextToken(lm.model)")
+
+
+def _loss_of(objective: Objective, *arguments: Any) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
+    """What the objective's `loss` returns; BadInput where it is not what `Objective` says."""
+    found: Any = objective.loss(*arguments)
+    whole = isinstance(found, tuple | list) and len(found) == 3 and all(isinstance(each, Mapping) for each in found[1:])
+    if not whole or jnp.shape(found[0]) != ():
+        raise BadInput(
+            f"{type(objective).__name__}.loss must return (scalar, metrics, counts of experts), the last two dicts, "
+            "{} where there are none"
+        )
+    value, metrics, counts = found
+    return value, metrics, counts
 
 
 def _updated(
@@ -212,10 +239,13 @@ def make_eval_step(objective: Objective) -> EvalStep:
     all of them, whatever their sizes; EXTREMES have no weight. Before it runs, the step raises BadInput for a metric
     that the objective's `weights` lack."""
 
+    _require_objective(objective)
+
     def eval_step(variables: dict[str, Any], batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        require_variables(variables)
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)  # Divided by weights of 1, the loss and its metrics stay sums.
-        value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
+        value, metrics, _ = _loss_of(objective, as_read(variables), batch, ones, None)
         sums: dict[str, Any] = {"loss": value, **metrics}
         lacking = [name for name in sums if name not in weights and name not in EXTREMES]
         if lacking:
@@ -229,6 +259,8 @@ def make_eval_step(objective: Objective) -> EvalStep:
 def evaluate(eval_step: Callable[..., Any], variables: dict[str, Any], batches: Any) -> dict[str, float]:
     """Means by name over all of a finite sequence of batches, by a step of `make_eval_step`. BadInput where there is no
     batch."""
+    if isinstance(batches, Mapping):
+        raise BadInput("batches is one batch; give a list of them: [batch]")
     totals = None
     for batch in batches:
         sums, weights = eval_step(variables, batch)

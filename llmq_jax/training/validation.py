@@ -85,6 +85,15 @@ class Validation:
         count = "1 evaluation" if self.patience == 1 else f"{self.patience} evaluations in a row"
         return f"{count} without a new best; {self.best_text()}"
 
+    def text(self, step: int) -> str:
+        """ "validation reward 0.8000 (best 0.9000 at step 8)", of this step and the best one; where this one was not
+        judged, the best one's."""
+        best = self.best_step()
+        if best is None or step not in self.values:
+            return self.best_text()
+        values = self.values
+        return f"{self.name.replace('_', ' ')} {values[step]:z.4f} (best {values[best]:z.4f} at step {best:,})"
+
     def best_text(self) -> str:
         """ "best: validation reward 0.9000 at step 8"; "" where no step was judged."""
         best = self.best_step()

@@ -67,6 +67,22 @@ def test_a_file(llmq, classifier, folder, batch_size, tmp_path):
     assert code == 2 and f"--out {output} is there already; name a new file" in err
 
 
+def test_labels_that_the_data_have_come_out_beside_the_prediction(llmq, classifier, folder, tmp_path):
+    names = [max(chances := expected(classifier, text), key=chances.get) for text in TEXTS]
+    data, output = tmp_path / "labelled.jsonl", tmp_path / "out.jsonl"
+    given = [names[0], "other", names[2]]
+    lines = [json.dumps({"label": label, "text": text}) for label, text in zip(given, TEXTS, strict=True)]
+    data.write_text("\n".join([*lines, '{"text": "b"}']))
+    code, out, err = llmq("classify", folder, "--data", data, "--out", output)
+    assert (code, err) == (0, "") and out.endswith("; 2 of 3 as labelled\n")
+    *rows, other = map(json.loads, output.read_text().splitlines())
+    assert list(other) == ["text", "label", "probabilities"]
+    assert [(row["given_label"], row["text"], row["label"]) for row in rows] == list(
+        zip(given, TEXTS, names, strict=True)
+    )
+    assert llmq("classify", folder, "--data", data, "--json")[1] == output.read_text()
+
+
 @pytest.mark.parametrize("kind", ["tsv", "headless.tsv", "jsonl", "json", "parquet", "txt"])
 def test_kinds_of_files(llmq, classifier, folder, kind, tmp_path):
     """Whatever stands beside the text comes back with it."""
@@ -173,9 +189,9 @@ BAD_FILES = [
     ("a.jsonl", '{"text": "x"}\n{"text": " "}', [], "a.jsonl: line 2: field 'text' holds no text"),
     (
         "a.jsonl",
-        '{"text": "x", "label": "ham"}',
+        '{"text": "x", "label": "ham", "given_label": 1}',
         ["--json"],
-        "line 1 has a field 'label' already, which the result would replace; rename it",
+        "line 1 has fields 'label' and 'given_label', the name under which the first would come out; rename one",
     ),
     ("a.jsonl", '{"text": "x", "id": "\\ud800"}', [], "line 1: half a surrogate pair at character"),
     ("a.csv", "id,body\n1,x\n", [], "the header has no field 'text' (fields found: id, body): choose one with --text-"),

@@ -203,6 +203,9 @@ def test_parts_that_are_clipped():
     # Of the first three the least is half: one without tokens is no extreme.
     _, metrics = compiled_loss(*(x if x is None else x[:3] for x in arguments))
     assert float(metrics["clip_ratio/low_min"]) == 0.5 and float(metrics["clip_ratio/high_max"]) == 0.0
+    # In a batch without any token nothing is clipped.
+    _, metrics = compiled_loss(*(x if x is None else x[2:3] for x in arguments))
+    assert set(map(float, metrics.values())) == {0.0}
     _, metrics = compiled_loss(*arguments, loss_type="cispo", clip_high=1.4)
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx({"cispo_clip_ratio": 1 / 6})
     # One ratio an answer, means of logarithms: 0.87, 0.59, 1 and 0.87.

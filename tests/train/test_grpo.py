@@ -235,7 +235,7 @@ def test_the_checkpoint_of_highest_validation_reward_is_kept(grpo, measured):
     measured(0.1, 0.2, 0.9, 0.9, 0.3)
     code, out, err = grpo(**options)
     assert (code, err) == (0, "")
-    assert "\nbest: validation reward 0.9000 at step 2\n" in out
+    assert "\nvalidation reward 0.3000 (best 0.9000 at step 2)\n" in out
     checkpoints = Checkpoints("run/checkpoints")
     assert checkpoints.steps() == [2, 4]
     finished = json.loads(Path("run/finished.json").read_text())
@@ -245,7 +245,7 @@ def test_the_checkpoint_of_highest_validation_reward_is_kept(grpo, measured):
     measured(0.8, 0.85)
     code, out, err = grpo(**options)
     assert (code, err) == (0, "")
-    assert "resuming run from step 2" in out and "\nbest: validation reward 0.9000 at step 2\n" in out
+    assert "resuming run from step 2" in out and "\nvalidation reward 0.8500 (best 0.9000 at step 2)\n" in out
     assert checkpoints.steps() == [2, 4]
     # A kill may also come after the last checkpoint, when no step is left to do.
     told = next(line for line in out.splitlines() if line.startswith("reward "))

@@ -184,6 +184,9 @@ def test_report_shows_figures_files_and_next_commands(tmp_path):
     assert "20 steps" in report and "tokens/s" in report and "peak memory" in report
     assert "best" in report and "losses.png" in report
     assert report.endswith("next:\n  llmq generate run\n")
+    concluded = {"conclude": lambda result: f"held out: {result.step}", "next_commands": ["llmq generate run"]}
+    _, again = quiet(tmp_path / "run", **concluded)
+    assert again.endswith("\n\nheld out: 20\nnext:\n  llmq generate run\n")
 
 
 def test_tokens_that_a_step_drew_or_the_batches_tell_of_all_processes(tmp_path):

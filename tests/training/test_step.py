@@ -201,6 +201,30 @@ def test_a_metric_without_a_weight_is_told_before_anything_runs():
         jax.eval_shape(eval_step.program, drawn(CONFIG), ragged_batch(0))
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda loss, metrics, counts: (loss, metrics, None),
+        lambda loss, metrics, counts: (loss, metrics),
+        lambda loss, metrics, counts: loss,
+        lambda loss, metrics, counts: (jnp.ones(2) * loss, metrics, counts),
+    ],
+    ids=["no-counts", "two", "one", "no-scalar"],
+)
+def test_a_loss_that_returns_something_else_is_told_what_to_return(returned):
+    class Short(NextToken):
+        def loss(self, *arguments):
+            return returned(*super().loss(*arguments))
+
+    objective = Short(build(CONFIG))
+    train_step, eval_step = make_train_step(objective, SGD), make_eval_step(objective)
+    for step, first in ((train_step, fresh(SGD)), (eval_step, drawn(CONFIG))):
+        with pytest.raises(
+            BadInput, match=r"^Short\.loss must return \(scalar, metrics, counts of experts\), the last"
+        ):
+            jax.eval_shape(step.program, first, ragged_batch(0))
+
+
 @pytest.mark.parametrize("bound", ["all", "some", "none"])
 def test_a_step_is_compiled_once_wherever_weights_come_from(bound):
     """Weights of a checkpoint are bound to a device, fresh optimizer states are not: the first step must not find

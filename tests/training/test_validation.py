@@ -86,8 +86,8 @@ def test_a_run_may_be_judged_by_a_figure_whose_highest_value_is_the_best(tmp_pat
     assert (info.judged_by, info.best, info.value) == ("reward", "highest", 0.9)
     assert (result.best_step, result.validation_loss, result.best_validation_loss) == (8, None, None)
     assert json.loads((folder / "finished.json").read_text())["best_step"] == 8
-    assert "\nbest: validation reward 0.9000 at step 8\n" in said
-    assert "\nbest: validation reward 0.9000 at step 8\n" in quiet(folder, **REWARDED)[1]  # which is finished
+    judged = "\nvalidation reward 0.1000 (best 0.9000 at step 8)\n"
+    assert judged in said and judged in quiet(folder, **REWARDED)[1]  # which is finished
 
 
 def test_a_run_that_goes_on_judged_otherwise_keeps_the_best_checkpoint_by_what_it_is_judged_by_now(tmp_path):
@@ -126,7 +126,8 @@ def test_the_validation_loss_is_told_beside_what_a_run_is_judged_by(tmp_path):
     options = {**REWARDED, "evaluate": lambda variables: {"loss": 2.0, **both(variables)}}
     result, said = quiet(tmp_path / "run", **options)
     assert (result.best_step, result.validation_loss, result.best_validation_loss) == (8, 2.0, None)
-    assert "validation loss 2.0000\n" in said and "\nbest: validation reward 0.9000 at step 8\n" in said
+    assert "validation loss 2.0000\nfiles in" in said
+    assert "\nvalidation reward 0.1000 (best 0.9000 at step 8)\n" in said
     assert json.loads((tmp_path / "run/finished.json").read_text())["validation_loss"] == 2.0
 
 
