@@ -19,7 +19,9 @@ def made_up(row, seconds, facts=None, **given):
     """A result with the seconds of each side's rounds, or of its only one."""
     facts = facts or {}
     sides = {
-        name: Measured(each if isinstance(each, list) else [each], {"compile_seconds": 1.5, **facts.get(name, {})}, 2**21)
+        name: Measured(
+            each if isinstance(each, list) else [each], {"compile_seconds": 1.5, **facts.get(name, {})}, 2**21
+        )
         for name, each in seconds.items()
     }
     return Result(row, sides, load=0.5, idle=0.25, **given)
@@ -27,7 +29,12 @@ def made_up(row, seconds, facts=None, **given):
 
 def test_a_training_step():
     # What has our allocator is faster than any PyTorch as it comes, and no peer.
-    seconds = {"ours": [1.0, 2.0, 4.0], PEER: [2.0, 2.0, 12.0], PLAIN: [3.0] * 3, "plain torch, our allocator": [0.5] * 3}
+    seconds = {
+        "ours": [1.0, 2.0, 4.0],
+        PEER: [2.0, 2.0, 12.0],
+        PLAIN: [3.0] * 3,
+        "plain torch, our allocator": [0.5] * 3,
+    }
     result = made_up(TrainStep("tiny", MODEL, batch=2, context=8), seconds, **PRODUCTS)
     assert report.verdicts(result) == [
         (
@@ -83,8 +90,8 @@ def test_experts():
         ("1.50", False),
     ]
     assert (
-        "the products alone take 1.25 times as long with 16 experts as with 8, whose weights are 2 times as many; beside "
-        "that growth ours is 1.20"
+        "the products alone take 1.25 times as long with 16 experts as with 8, whose weights are 2 times as many; "
+        "beside that growth ours is 1.20"
     ) in report.remarks(result)
 
 
