@@ -39,7 +39,7 @@ experts. The sides "plain torch" are models written by hand (`bench/plain_gpt.py
 peer on a CPU.
 
 Processors of the same name may differ, and the rates in the roofline's line tell them apart. On family 26, model 2
-(`llmq env` shows it), JAX's products run at 270 to 420 GFLOP/s, and PyTorch's at about 200. On family 25, model 17,
+(`llmq env` shows it), JAX's products run at 220 to 420 GFLOP/s, and PyTorch's at 160 to 200. On family 25, model 17,
 both run at 150 to 190, and whatever is limited by products is hardly faster on one side than on the other: there
 mixtral-step-1024 measured 0.91, deepseek-step-1024 0.83, smollm2-lora-step-512 1.05, smollm2-generate-8 1.81, and 64
 experts took 1.41 times as long as 8. On an Intel processor of family 6, model 167, where PyTorch's products are faster,

@@ -158,8 +158,6 @@ def main(options: Options) -> Any:
     digests = digests_of({name: (rows[name], part.labels) for name, part in parts.items()}, numbered)
 
     def conclude(result):
-        if result.state is None:
-            return ""
         learned = source.replace(variables=whole(result.state.variables))
         return test(options, learned, result.step, parts["test"], rows["test"])
 

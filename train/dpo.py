@@ -187,8 +187,6 @@ def main(options: Options) -> Any:
             began = {name: jax.tree.map(kept, state.variables[name]) for name in state.changing}
 
         def conclude(result):
-            if result.state is None:
-                return ""
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
             policy = source.replace(variables=whole(result.state.variables))
             start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))

@@ -276,7 +276,7 @@ def main(options: Options) -> Any:
 
     def conclude(result):
         learned = Path(options.out) / REWARD_MODEL
-        if loop.reward_learner is None or result.state is None or learned.exists():
+        if loop.reward_learner is None or learned.exists():
             return ""
         save(reward_model_of(score).lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
         return f"the reward model, which went on learning: {learned}"

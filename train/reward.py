@@ -121,8 +121,6 @@ def main(options: Options) -> Any:
     digests |= chat_template_digest(options, source.tokenizer)
 
     def conclude(result):
-        if result.state is None:
-            return ""
         everything = PreferenceEvaluation(held_out.pairs, size, longest)
         figures = step.evaluate(eval_step, result.state.variables, map(own_rows, everything))
         return (

@@ -97,6 +97,7 @@ def run(
     * `show` names metrics that the console shows beside the loss, for steps and for evaluations; without it, an
       evaluation shows all its means.
     * `conclude(result)` returns a text on the result, such as figures on what was held out, shown before the commands.
+      It is not called where the result has no state.
     * `next_commands` are commands for the checkpoints, shown at the end if there are any checkpoints; `output` is where
       progress goes (standard output by default).
 
@@ -165,7 +166,7 @@ def run(
         is_told = validation.name == LOSS and result.validation_loss is not None  # by report_text
         further = "\n".join(filter(None, ("" if is_told else validation.text(result.step), loop.profile.text())))
         print(report_text(result, path, further), file=output, flush=True)
-        conclusion = "" if conclude is None else conclude(result)
+        conclusion = "" if conclude is None or result.state is None else conclude(result)
         if conclusion:
             print(f"\n{conclusion}", file=output, flush=True)
         if usable and next_commands:

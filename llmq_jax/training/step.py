@@ -150,8 +150,8 @@ def _require_objective(objective: Any) -> None:
 def _loss_of(objective: Objective, *arguments: Any) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
     """What the objective's `loss` returns; BadInput where it is not what `Objective` says."""
     found: Any = objective.loss(*arguments)
-    whole = isinstance(found, tuple | list) and len(found) == 3 and all(isinstance(each, Mapping) for each in found[1:])
-    if not whole or jnp.shape(found[0]) != ():
+    three = isinstance(found, tuple | list) and len(found) == 3 and all(isinstance(each, Mapping) for each in found[1:])
+    if not three or jnp.shape(found[0]) != ():
         raise BadInput(
             f"{type(objective).__name__}.loss must return (scalar, metrics, counts of experts), the last two dicts, "
             "{} where there are none"
