@@ -11,6 +11,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, attention, choose, query_blocks, reads_plainly, self_attention
 from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.latent_attention import attend_to_latents
+from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
 from llmq_jax.models.decoder import segments_of
@@ -223,6 +224,16 @@ def test_memory_of_a_window_is_linear_in_the_length():
     short, long = temporary(512, 16), temporary(2048, 16)
     assert long < 4.4 * short
     assert long < temporary(2048, None) / 5
+
+
+@pytest.mark.parametrize(("window", "most"), [(16, 4 * 2 * 256 * 8), (None, 2 * 2 * 256 * 256)])
+def test_what_a_layer_keeps_for_its_backward_pass(window, most):
+    """Of a window nothing for each block, and else the exponentials in the type of the values."""
+    rows = Context(jnp.arange(256)[None], implementation="blocked" if window else "masked")
+    mix = jax.checkpoint(lambda *x: self_attention(*x, rows, scale=1.0, window=window), policy=POLICIES["none"])
+    inputs = [jax.ShapeDtypeStruct((1, 2, 256, 8), jnp.bfloat16)] * 3
+    kept = jax.tree.leaves(jax.eval_shape(lambda *inputs: jax.vjp(mix, *inputs)[1], *inputs))
+    assert max(leaf.size * leaf.dtype.itemsize for leaf in kept) == most
 
 
 def test_lean_attention_in_bfloat16_is_about_as_near_as_the_formula():
