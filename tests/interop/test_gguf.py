@@ -195,6 +195,14 @@ def test_the_largest_gemmas_scale_scores_by_the_hidden_size(tmp_path, model_type
         assert load(tmp_path / "model.gguf").config.query_pre_attn_scalar == expected
 
 
+def test_a_distance_of_0_is_no_global_layer(tmp_path):
+    def change(writer):
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", 0)
+
+    write_llama(tmp_path / "model.gguf", make_model("gemma3_text", **GEMMA, num_hidden_layers=6), change)
+    assert load(tmp_path / "model.gguf").config.layer_types == ("sliding_attention",) * 6
+
+
 def test_older_files_of_mixtral(tmp_path):
     """Before April 2024 each matrix of each expert was a tensor."""
     model = make_model("mixtral", num_local_experts=3)
