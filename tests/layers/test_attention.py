@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.attention import Context, attention, choose, query_blocks, reads_plainly, self_attention
+from llmq_jax.layers.attention import Choice, Context, attention, choose, query_blocks, reads_plainly, self_attention
 from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.latent_attention import attend_to_latents
 from llmq_jax.layers.recomputation import POLICIES
@@ -421,6 +421,15 @@ def test_the_fused_kernel_wants_keys_divided_as_queries_are():
             if expected == "masked":
                 with pytest.raises(BadInput, match="divided alike, and tensor=2 divides 4, not 1"):
                     choose("fused", window=None, device=HOPPER, heads=heads, **LAYER)
+
+
+def test_a_layer_asks_for_what_it_computes(monkeypatch):
+    asked = []
+    monkeypatch.setattr("llmq_jax.layers.attention.choose", lambda _, **facts: asked.append(facts) or Choice("plain"))
+    query, key, value = draw(0)
+    self_attention(query, key, value[..., :4], ROWS, scale=0.4, window=5, softcap=3.0)
+    facts = {"window": 5, "widths": (8, 4), "dtype": jnp.float32, "softcap": 3.0, "dropout": False, "heads": (4, 2)}
+    assert asked == [facts]
 
 
 def test_an_unknown_implementation():

@@ -194,3 +194,5 @@ def test_only_the_formula_takes_arguments_of_its_own():
     with pytest.raises(BadInput, match=r"attention takes no 'windw'; did you mean window\?"):
         attention.attention(rows, rows, rows, context, scale=1.0, windw=3)
     attention.attention(rows, rows, rows, context, scale=1.0, formula=None)  # the default of a module's field
+    plain = context.replace(implementation="plain")
+    attention.attention(rows, rows, rows, plain, scale=1.0, formula=scaled_dot_product.attend)
