@@ -211,7 +211,7 @@ def test_what_modules_draft_is_distributed_as_the_model_alone_draws():
     assert_drawn_as_by_the_model_alone(lm, SAMPLERS["whole"], draft="mtp")
 
 
-def test_acceptance_of_a_single_draft():
+def test_acceptance_of_a_single_draft(monkeypatch):
     """At q = p nothing is rejected; where p has nothing everything is, and what is drawn instead is p's."""
     accepting = jax.jit(functools.partial(accept, sampler=lq.Sampler()))
     p = jnp.log(jnp.asarray([[0.5, 0.5, 1e-30], [0.25, 0.75, 1e-30]]))[None]
@@ -230,6 +230,11 @@ def test_acceptance_of_a_single_draft():
     tokens, accepted = accepting(logits, jnp.zeros((400, 1), jnp.int32), draft_logits, keys)
     own = np.asarray(tokens)[np.asarray(accepted) == 0, 0]
     assert 150 < len(own) < 250 and 0.4 < (own < 128).mean() < 0.6
+    # Of what rounding alone rejects, p - q leaves nothing: what is drawn instead is p's, and not the last id.
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.ones(shape))
+    p = jnp.log(jnp.asarray([[0.5, 0.5, 0.0]] * 2))[None]
+    tokens, accepted = accept(p, jnp.asarray([[0]]), p[:, :1], keys[:1], lq.Sampler())
+    assert accepted[0] == 0 and tokens[0, 0] == 1
 
 
 @pytest.mark.exhaustive
