@@ -75,6 +75,7 @@ def test_what_to_change(planned):
     assert "on the device: does not fit 286.72 MiB" in out
     assert re.search(r"\nwhat makes it fit, each alone:\n  --remat dots: 2\d\d\.\d\d MiB\n", out)
     assert "\n  --accumulate " in out
+    assert planned("--preset", "llama-10m", "--batch-size", 4, "--device-memory", 0.32)[0] == 0
 
 
 @pytest.mark.parametrize(("size", "size_shown"), [(20480, "20480 GiB"), (141.37, "141.37 GiB"), (0.5, "512 MiB")])
@@ -99,6 +100,7 @@ def test_thousands_of_devices(planned):
         (("--preset", "llama-10m", "--mesh", "data=8", "--batch-size", 12), "12 rows cannot be divided among 8"),
         (("--preset", "llama-10m", "--batch-size", 2, "--accumulate", 4), "a batch of 2 rows in 4 parts"),
         (("--preset", "llama-10m", "--context", 0), "--context is 0 and must be positive"),
+        (("--preset", "llama-10m", "--device-memory", "inf"), "--device-memory is inf and must be positive"),
         (("--preset", "llama-10m", "--config", "hidden=3"), "Llama3Config has no field 'hidden'"),
         ((), "missing --preset"),
     ],

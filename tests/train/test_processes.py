@@ -237,11 +237,13 @@ def test_a_port_that_cannot_be_listened_at_and_numbers_that_cannot_be_are_told_a
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=f"process 0 cannot listen at port {port} .*already in use"):
             joined(f"127.0.0.1:{port}", 2, 0).__enter__()
-    for port in (0, 99999):
+    for port in (0, 65536):
         with pytest.raises(BadInput, match="HOST:PORT, with a port from 1 to 65535"):
             joined(f"127.0.0.1:{port}", 2, 1).__enter__()
     for address, processes, process, why in (
         (None, 2, None, "have no effect without --coordinator"),
+        (None, None, 1, "have no effect without --coordinator"),
+        ("127.0.0.1:1", 2, None, "--coordinator needs --processes, how many there are, and --process"),
         ("127.0.0.1:1", 1, 0, "--processes is 1, and one needs no --coordinator"),
         ("127.0.0.1:1", 2, 2, "--process is 2 and must be from 0 to 1"),
     ):
@@ -374,6 +376,7 @@ def test_what_one_process_lacks_ends_both(begin):
         ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_NODEID": "2"}, [0, 1, 2, 3]),
         ({"SLURM_GPUS_ON_NODE": "4", "SLURM_NODEID": "1"}, [0, 1, 2, 3]),
         ({"SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
     ],
 )
 def test_the_gpus_of_a_task(monkeypatch, told, gpus):
