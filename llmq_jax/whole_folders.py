@@ -1,6 +1,7 @@
 """Folders that are written whole or not at all, and what they may take the place of."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from llmq_jax.atomic_files import full_disk
 from llmq_jax.errors import BadInput
 
 
@@ -15,8 +17,8 @@ from llmq_jax.errors import BadInput
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `folder`, whether that exists or not.
 
-    If filling or replacing fails, everything is as before. `folder` must be resolved: a link would be replaced, not
-    what it leads to.
+    If filling or replacing fails, everything is as before; an OSError that names `folder` says that the disk is full.
+    `folder` must be resolved: a link would be replaced, not what it leads to.
     """
     mark = secrets.token_hex(4)  # no process id: in containers these recur, and a killed process leaves its folder
     partial = folder.with_name(f".{folder.name}.partial-{mark}")
@@ -28,10 +30,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(earlier)
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if earlier.exists() and not folder.exists():
             earlier.rename(folder)
+        if (full := full_disk(error)) is not None:  # it names no file, or one that is gone; or is a library's own error
+            raise OSError(errno.ENOSPC, full.partition(":")[0], str(folder)) from error
         raise
     if earlier.exists():
         shutil.rmtree(earlier)

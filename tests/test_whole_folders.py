@@ -1,5 +1,6 @@
 """Folders that are written whole or not at all."""
 
+import errno
 import os
 import re
 
@@ -18,4 +19,20 @@ def test_a_place_where_nothing_may_be_written_is_refused_in_words(name, tmp_path
         check_target(tmp_path / name, False, "config.json", ("config.json",))
     with pytest.raises(BadInput, match=fault), whole_folder(tmp_path / name):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.ENOSPC, "No space left on device", ".export.partial-1/file"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_is_full_is_told_with_the_folder_that_was_asked_for(error, tmp_path):
+    """Not the one beside it, which is gone again."""
+    folder = tmp_path / "export"
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{folder}'")), whole_folder(folder):
+        raise error
     assert list(tmp_path.iterdir()) == []

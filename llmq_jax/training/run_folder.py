@@ -17,7 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
+from llmq_jax.atomic_files import json_bytes, lock_file, naming, write_json_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 from llmq_jax.training.checkpoints import CHECKPOINTS, find_checkpoint
@@ -182,9 +182,10 @@ class RunFolder:
             raise BadInput(
                 f"another process (id {other}) is training in {self.path}; wait for it, or name another folder"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, owner.encode())
-        os.fsync(self._lock)  # a file that stays open may be seen by other machines only then
+        with naming(self.path / LOCK):
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, owner.encode())
+            os.fsync(self._lock)  # a file that stays open may be seen by other machines only then
 
 
 def has_trained(folder: Path) -> bool:

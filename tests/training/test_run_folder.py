@@ -28,6 +28,15 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_disk_without_room_for_the_lock_is_told_with_its_file(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/run/run\.lock'"):
+        RunFolder(tmp_path / "run", CONFIG)
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_new_or_empty_folder_becomes_the_runs_own(exists, tmp_path):
     path = tmp_path / "some" / "run"
