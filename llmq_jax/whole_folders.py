@@ -17,7 +17,7 @@ from llmq_jax.errors import BadInput
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `folder`, whether that exists or not.
 
-    If filling or replacing fails, everything is as before; an OSError that names `folder` says that the disk is full.
+    If filling or replacing fails, everything is as before; a full disk is an OSError that names `folder` or a file in it.
     `folder` must be resolved: a link would be replaced, not what it leads to.
     """
     mark = secrets.token_hex(4)  # no process id: in containers these recur, and a killed process leaves its folder
@@ -35,7 +35,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if earlier.exists() and not folder.exists():
             earlier.rename(folder)
         if (full := full_disk(error)) is not None:  # it names no file, or one that is gone; or is a library's own error
-            raise OSError(errno.ENOSPC, full.partition(":")[0], str(folder)) from error
+            place = str(getattr(error, "filename", None) or folder).replace(str(partial), str(folder))
+            raise OSError(errno.ENOSPC, full.partition(":")[0], place) from error
         raise
     if earlier.exists():
         shutil.rmtree(earlier)

@@ -23,16 +23,15 @@ def test_a_place_where_nothing_may_be_written_is_refused_in_words(name, tmp_path
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        OSError(errno.ENOSPC, "No space left on device", ".export.partial-1/file"),
-        RuntimeError("I/O error: No space left on device (os error 28)"),
-    ],
+    ("of_library", "named"), [(False, None), (False, ""), (False, "weights"), (True, None)], ids=str
 )
-def test_a_disk_that_is_full_is_told_with_the_folder_that_was_asked_for(error, tmp_path):
-    """Not the one beside it, which is gone again."""
+def test_a_disk_that_is_full_is_told_with_the_place_that_was_asked_for(of_library, named, tmp_path):
+    """Not with the folder beside it, which is gone again."""
     folder = tmp_path / "export"
-    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{folder}'")), whole_folder(folder):
-        raise error
+    place = folder / named if named else folder
+    said = f"No space left on device: '{place}'"
+    with pytest.raises(OSError, match=re.escape(said)), whole_folder(folder) as partial:
+        if of_library:
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device", *([] if named is None else [str(partial / named)]))
     assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llmq_jax.atomic_files import naming
 from llmq_jax.data.token_stream import encode_documents
 from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.data.tokenizers import Tokenizer
@@ -173,7 +174,7 @@ def check_new(folder: str | Path) -> None:
 
 def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> StreamFacts:
     digest, count, largest, most = hashlib.sha256(), 0, 0, np.iinfo(dtype).max
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for piece in pieces:
             if piece.min(initial=0) < 0 or piece.max(initial=0) > most:
                 raise BadInput(f"token ids from {piece.min()} to {piece.max()} do not fit {dtype.name}")
