@@ -17,8 +17,8 @@ from llmq_jax.errors import BadInput
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `folder`, whether that exists or not.
 
-    If filling or replacing fails, everything is as before; a full disk is an OSError that names `folder` or a file in it.
-    `folder` must be resolved: a link would be replaced, not what it leads to.
+    If filling or replacing fails, everything is as before; a full disk is an OSError that names `folder` or a file in
+    it. `folder` must be resolved: a link would be replaced, not what it leads to.
     """
     mark = secrets.token_hex(4)  # no process id: in containers these recur, and a killed process leaves its folder
     partial = folder.with_name(f".{folder.name}.partial-{mark}")
