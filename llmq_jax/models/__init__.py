@@ -120,7 +120,10 @@ def config_from_fields(fields: Mapping[str, Any]) -> Any:
         require_sizes(values)
         return create(ARCHITECTURES[model_type].config_class, values)
     except BadInput as error:
-        raise BadInput(f"its config is damaged, or of another version ({error})") from error
+        raise BadInput(
+            f"its config is damaged, of another version, or names what a script registers ({error}); such a script is "
+            "imported first (docs/own_model.md)"
+        ) from error
 
 
 def override(config: Any, **changes: Any) -> Any:
