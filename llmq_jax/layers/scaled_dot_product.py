@@ -134,8 +134,6 @@ def lean_backward(scale: float, softcap: float | None, saved: Saved, grad: Array
     grad = in_groups(grad, key)
     sums = (grad * mixed).sum(-1, keepdims=True)  # in float32, as `mixed` is, because they are subtracted below
     weight_grad = jnp.einsum("bkgth,bksh->bkgts", grad, value, preferred_element_type=jnp.float32)
-    # XLA would make one kernel of these and the next line, which a CPU runs at a fraction of the product's speed.
-    sums, weight_grad = jax.lax.optimization_barrier((sums, weight_grad))
     score_grad = exponentials * (weight_grad - sums) * (scale / total)
     if softcap is not None:
         tiny = jnp.finfo(jnp.float32).tiny  # where an exponential is 0 the gradient is 0, whatever the logarithm
