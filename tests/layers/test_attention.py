@@ -236,6 +236,19 @@ def test_what_a_layer_keeps_for_its_backward_pass(window, most):
     assert max(leaf.size * leaf.dtype.itemsize for leaf in kept) == most
 
 
+def test_second_derivatives_of_lean_attention_equal_the_formulas():
+    """With a softcap, and keys that a query does not see."""
+    query, *rows = draw(5, length=5)
+    mask = jnp.tril(jnp.ones((2, 5, 5), bool))
+
+    def twice(formula):
+        first = jax.grad(lambda query: jnp.sin(formula(query, *rows, mask, scale=0.4, softcap=3.0)).sum())
+        return jax.jit(jax.grad(lambda query: jnp.square(first(query)).sum()))(query)
+
+    expected = twice(attend)
+    np.testing.assert_allclose(twice(lean_attend), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_lean_attention_in_bfloat16_is_about_as_near_as_the_formula():
     inputs = [x.astype(jnp.bfloat16) for x in draw(3)]
     mask = jnp.tril(jnp.ones((2, 11, 11), bool))
