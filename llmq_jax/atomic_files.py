@@ -106,13 +106,18 @@ FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, e
 """{error number: the system's message} where there is no room: on the disk, in the user's quota, in a file."""
 
 
-def full_disk(error: BaseException) -> str | None:
-    """The message of FULL that an error has, with the file if that is known; None for other errors. Libraries in other
-    languages repeat the system's message in errors of their own."""
+def full_number(error: BaseException) -> int | None:
+    """The number in FULL of an error; None for other errors. Libraries in other languages repeat the system's message
+    in errors of their own."""
     if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
-        return f"{FULL[error.errno]}{where}" if error.errno in FULL else None
-    return next((words for words in FULL.values() if words in str(error)), None)
+        return error.errno if error.errno in FULL else None
+    return next((number for number, words in FULL.items() if words in str(error)), None)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """The message of FULL that an error has, with the file if that is known; None for other errors."""
+    number, file = full_number(error), getattr(error, "filename", None)
+    return None if number is None else f"{FULL[number]}: {file}" if file else FULL[number]
 
 
 @contextlib.contextmanager

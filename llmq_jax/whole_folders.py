@@ -1,7 +1,6 @@
 """Folders that are written whole or not at all, and what they may take the place of."""
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -9,7 +8,7 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmq_jax.atomic_files import full_disk
+from llmq_jax.atomic_files import FULL, full_number
 from llmq_jax.errors import BadInput
 
 
@@ -34,9 +33,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if earlier.exists() and not folder.exists():
             earlier.rename(folder)
-        if (full := full_disk(error)) is not None:  # it names no file, or one that is gone; or is a library's own error
+        number = full_number(error)
+        if number is not None:  # the error names no file, or one that is gone, or is a library's own
             place = str(getattr(error, "filename", None) or folder).replace(str(partial), str(folder))
-            raise OSError(errno.ENOSPC, full.partition(":")[0], place) from error
+            raise OSError(number, FULL[number], place) from error
         raise
     if earlier.exists():
         shutil.rmtree(earlier)

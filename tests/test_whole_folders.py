@@ -22,16 +22,17 @@ def test_a_place_where_nothing_may_be_written_is_refused_in_words(name, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize(
     ("of_library", "named"), [(False, None), (False, ""), (False, "weights"), (True, None)], ids=str
 )
-def test_a_disk_that_is_full_is_told_with_the_place_that_was_asked_for(of_library, named, tmp_path):
-    """Not with the folder beside it, which is gone again."""
-    folder = tmp_path / "export"
+def test_a_disk_that_is_full_is_told_with_the_place_that_was_asked_for(of_library, named, number, tmp_path):
+    """Not with the folder beside it, which is gone again; and a quota is no disk."""
+    folder, words = tmp_path / "export", os.strerror(number)
     place = folder / named if named else folder
-    said = f"No space left on device: '{place}'"
-    with pytest.raises(OSError, match=re.escape(said)), whole_folder(folder) as partial:
+    with pytest.raises(OSError, match=re.escape(f"{words}: '{place}'")) as raised, whole_folder(folder) as partial:
         if of_library:
-            raise RuntimeError("I/O error: No space left on device (os error 28)")
-        raise OSError(errno.ENOSPC, "No space left on device", *([] if named is None else [str(partial / named)]))
+            raise RuntimeError(f"I/O error: {words} (os error {number})")
+        raise OSError(number, words, *([] if named is None else [str(partial / named)]))
+    assert raised.value.errno == number
     assert list(tmp_path.iterdir()) == []

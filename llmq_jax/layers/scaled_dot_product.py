@@ -136,7 +136,7 @@ def lean_backward(scale: float, softcap: float | None, saved: Saved, grad: Array
     weight_grad = jnp.einsum("bkgth,bksh->bkgts", grad, value, preferred_element_type=jnp.float32)
     score_grad = exponentials * (weight_grad - sums) * (scale / total)
     if softcap is not None:
-        tiny = jnp.finfo(jnp.float32).tiny  # where an exponential is 0 so is the gradient; by log 0 its own were NaN
+        tiny = jnp.finfo(jnp.float32).tiny  # where an exponential is 0: log 0 would make second derivatives NaN
         capped = largest + jnp.log(jnp.maximum(exponentials.astype(jnp.float32), tiny))
         capped = jnp.clip(capped, -softcap, softcap)  # where a query sees no key, `largest` is beyond all scores
         score_grad *= 1.0 - jnp.square(capped / softcap)
