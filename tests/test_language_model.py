@@ -353,6 +353,10 @@ def test_a_checkpoint_of_another_version(lm, tmp_path):
     )
     with pytest.raises(BadInput, match=r"or names what a script registers .*'zap'.*own_model\.md"):
         load(tmp_path)
+    scored = {"model_type": "gpt2", "experts": {"score": "zap"}}
+    Checkpoints(tmp_path / "a" / "checkpoints").save(0, {"variables": lm.variables}, model_config=scored)
+    with pytest.raises(BadInput, match=r"what a script registers .*'zap' is none of softmax, sigmoid.*own_model\.md"):
+        load(tmp_path / "a")
     Checkpoints(tmp_path / "b" / "checkpoints").save(0, {"variables": lm.variables}, model_config={"model_type": "zap"})
     with pytest.raises(BadInput, match=r"model_type 'zap' is none of gpt2.*own_model\.md"):
         load(tmp_path / "b")
