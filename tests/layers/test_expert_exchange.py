@@ -92,6 +92,8 @@ with jax.set_mesh(jax.make_mesh((2, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Au
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
     one = partial(dispatch_on_mesh, activation=activate, implementation="capacity", capacity_factor=1.0)
     print("dropped", jax.jit(one)(x, jnp.zeros((TOKENS, 1), jnp.int32), weights[:, :1], experts)[1])
+    two = jnp.tile(jnp.arange(2, dtype=jnp.int32), (TOKENS, 1))
+    print("dropped of two choices", jax.jit(one)(x, two, weights[:, :2], experts)[1])
 """
 
 
@@ -106,3 +108,4 @@ def test_experts_on_eight_devices():
         assert facts[f"{name} all experts"] == "0"
         assert facts[f"{name} own experts"] == "True"
     assert facts["dropped"] == "60"  # each half of the tokens, all for one expert, finds 2 = 32 / 16 slots
+    assert facts["dropped of two choices"] == "112"  # each half, for two experts, finds 2 · 4 = 2 · (64 / 16) slots

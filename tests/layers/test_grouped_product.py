@@ -18,6 +18,7 @@ CASES = {
     "widths that need padding": ((5, 9), 2, 10, 6),
     "few rows, many groups": ((0, 1, 0, 0, 2, 0, 0, 0, 1), 0, 32, 64),
     "no row of any group": ((0, 0), 3, 16, 16),
+    "as many tiles as there can be": ((33, 1, 1), 1, 16, 16),
 }
 
 

@@ -258,6 +258,9 @@ def test_padding_counts_in_the_slots_and_takes_none():
     alone, padded = jnp.zeros((4, 1), int), jnp.asarray([[0]] * 4 + [[2]] * 4)
     _, dropped = dispatch_on_mesh(x[:4], alone, weights[:4], experts, activate, "capacity", 1.0)
     assert dropped == 2  # 1.0 · 4 tokens / 2 experts
+    both = jnp.tile(jnp.arange(2), (4, 1))
+    _, dropped = dispatch_on_mesh(x[:4], both, weights[:8].reshape(4, 2), experts, activate, "capacity", 1.0)
+    assert dropped == 0  # 1.0 · 4 tokens · 2 choices / 2 experts
     mixed, dropped = dispatch_on_mesh(x, padded, weights, experts, activate, "capacity", 1.0)
     assert dropped == 0
     assert_close(mixed, dispatch(x, padded, weights, experts, activate, "dense")[0])
