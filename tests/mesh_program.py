@@ -22,6 +22,7 @@ import optax
 import llmq_jax as lq
 from llmq_jax.layers import attention, window_attention
 from llmq_jax.objectives import MultiToken, NextToken
+from llmq_jax.training.out_of_memory import bytes_on_a_device
 from llmq_jax.training.sharding import make_mesh, place_batch
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
@@ -132,6 +133,7 @@ def run(config: object, variables: dict, pmap: bool = False) -> dict:
         )
         for device in jax.devices()
     )
+    assert bytes_on_a_device(state.variables) == held
     losses, gradient = [], None
     for batch in batches():
         state, metrics = step(state, batch)

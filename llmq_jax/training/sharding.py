@@ -213,9 +213,9 @@ def check_rows(rows: int, parts: int, sizes: Mapping[str, int]) -> None:
     if rows % (parts * devices):
         each = "" if parts == 1 else f" in {parts} parts"
         product = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES["batch"] if sizes[axis] > 1)
+        among = f" among {devices} devices ({product})" if devices > 1 else ""
         raise BadInput(
-            f"a batch of {counted(rows, 'row')}{each} cannot be divided among {devices} devices ({product}); choose a "
-            f"multiple of {parts * devices}"
+            f"a batch of {counted(rows, 'row')}{each} cannot be divided{among}; choose a multiple of {parts * devices}"
         )
 
 

@@ -66,6 +66,9 @@ def test_what_the_compiler_says_is_told(planned, monkeypatch):
     assert float(held) == pytest.approx(12 * weights / 2**20, abs=0.1)
     assert 4 < float(beside) * 2**20 / weights < 8  # gradients, and activations; the new state is where the old one was
 
+    code, out, err = planned(*words[:-1], 3, "--accumulate", 2)
+    assert code == 2 and err.endswith(": a batch of 3 rows in 2 parts cannot be divided; choose a multiple of 2\n")
+
     def full(run):
         assert run.attention == "auto"
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {FULL}.\n\nMore.")

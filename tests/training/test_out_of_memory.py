@@ -13,10 +13,11 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.host_copies import to_host
 from llmq_jax.objectives import NextToken
-from llmq_jax.training import engine
+from llmq_jax.training import engine, out_of_memory
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, usage
+from llmq_jax.training.sharding import mesh_sizes
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import Compiled, make_train_step
 from tests.training import tiny_run
@@ -107,6 +108,14 @@ def test_the_compilers_figure_is_told_where_it_is_at_hand():
     told = "a batch of 288 bytes; a step adds gradients of 256 bytes, and activations"
     assert told in usage(state, Batches()[0], step, compiled=False)
     assert told.replace("288", "144") in usage(state, Batches()[0], replace(step, replicas=2), compiled=False)
+
+
+def test_a_device_has_its_share_of_the_rows_of_all_processes(monkeypatch):
+    """The devices along the tensor axis hold the same rows."""
+    monkeypatch.setattr(out_of_memory, "axis_sizes", lambda: mesh_sizes("data=2,fsdp=3,tensor=4"))
+    monkeypatch.setattr(out_of_memory, "row_share", lambda: {"process_index": 0, "process_count": 2})
+    told = usage(tiny_run.new_state(), Batches()[0], None, compiled=False)
+    assert "a batch of 96 bytes;" in told  # 2 · 288 / 6
 
 
 def test_the_compilers_figure_of_a_step_by_pmap():
